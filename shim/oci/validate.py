@@ -17,22 +17,15 @@ from shim.oci.spec import Capabilities, DeviceCgroup, Hooks, IDMapping, Mount, N
 MAX_ID = 2**32 - 2
 HOSTNAME_MAX = 64  # __NEW_UTS_LEN
 PROPAGATION = frozenset({"private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"})
-RLIMITS = frozenset(
-    """RLIMIT_AS RLIMIT_CORE RLIMIT_CPU RLIMIT_DATA RLIMIT_FSIZE RLIMIT_LOCKS RLIMIT_MEMLOCK RLIMIT_MSGQUEUE RLIMIT_NICE
-    RLIMIT_NOFILE RLIMIT_NPROC RLIMIT_RSS RLIMIT_RTPRIO RLIMIT_RTTIME RLIMIT_SIGPENDING RLIMIT_STACK""".split()
-)
-# Exact names, never prefixes: kernel.shm_rmid_forced is the namespace's, kernel.shutdown_anything would be the host's.
-IPC_SYSCTLS = frozenset(
-    """kernel.auto_msgmni kernel.msgmax kernel.msgmnb kernel.msgmni kernel.msg_next_id kernel.sem kernel.sem_next_id kernel.shmall
-    kernel.shmmax kernel.shmmni kernel.shm_next_id kernel.shm_rmid_forced""".split()
-)
-SECCOMP_ACTIONS = frozenset(
-    """SCMP_ACT_KILL SCMP_ACT_KILL_THREAD SCMP_ACT_KILL_PROCESS SCMP_ACT_TRAP SCMP_ACT_ERRNO SCMP_ACT_TRACE SCMP_ACT_ALLOW
-    SCMP_ACT_LOG SCMP_ACT_NOTIFY""".split()
-)
-SECCOMP_OPERATORS = frozenset("""SCMP_CMP_NE SCMP_CMP_LT SCMP_CMP_LE SCMP_CMP_EQ SCMP_CMP_GE SCMP_CMP_GT SCMP_CMP_MASKED_EQ""".split())
 RUNTIME_DEFAULT = "RuntimeDefault"  # Seccomp.default_action: the core's own profile, for the container's capabilities
 
+_RLIMIT = re.compile(
+    "RLIMIT_(AS|CORE|CPU|DATA|FSIZE|LOCKS|MEMLOCK|MSGQUEUE|NICE|NOFILE|NPROC|RSS|RTPRIO|RTTIME|SIGPENDING|STACK)",
+)
+# Exact names, never prefixes: kernel.shm_rmid_forced is the namespace's, kernel.shutdown_anything would be the host's.
+_IPC_SYSCTL = re.compile("kernel/(auto_msgmni|msg(max|mnb|mni|_next_id)|sem(_next_id)?|shm(all|max|mni|_next_id|_rmid_forced))")
+_ACTION = re.compile("SCMP_ACT_(KILL|KILL_THREAD|KILL_PROCESS|TRAP|ERRNO|TRACE|ALLOW|LOG|NOTIFY)")
+_OPERATOR = re.compile("SCMP_CMP_(NE|LT|LE|EQ|GE|GT|MASKED_EQ)")
 _CAPABILITY = re.compile(r"CAP_[A-Z_]{2,40}")
 _PAGE_SIZE = re.compile(r"[1-9][0-9]{0,5}(KB|MB|GB)")
 _CPU_LIST = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*")
@@ -75,7 +68,7 @@ def validate_process(process: Process, at: str = "process") -> None:
         _capabilities(process.capabilities, f"{at}.capabilities")
     seen: set[str] = set()
     for i, limit in enumerate(process.rlimits):
-        if limit.type not in RLIMITS or limit.type in seen:
+        if not _RLIMIT.fullmatch(limit.type) or limit.type in seen:
             _no(f"{at}.rlimits[{i}].type", f"{limit.type!r:.40} is unknown or repeated")
         if not 0 <= limit.soft <= limit.hard < 2**64:
             _no(f"{at}.rlimits[{i}]", f"want 0 <= soft <= hard, got {limit.soft} and {limit.hard}")
@@ -137,7 +130,7 @@ def sysctl_namespace(name: str) -> NamespaceType | None:
         return NamespaceType.NETWORK
     if parts[:2] == ("fs", "mqueue") and len(parts) == 3:
         return NamespaceType.IPC
-    if ".".join(parts) in IPC_SYSCTLS:
+    if _IPC_SYSCTL.fullmatch("/".join(parts)):
         return NamespaceType.IPC
     return NamespaceType.UTS if parts == ("kernel", "domainname") else None
 
@@ -347,11 +340,11 @@ def _seccomp(seccomp: Seccomp, at: str) -> None:
     if seccomp.default_action == RUNTIME_DEFAULT:
         return
     for where, action in (("defaultAction", seccomp.default_action), *(("syscalls", r.action) for r in seccomp.syscalls)):
-        if action not in SECCOMP_ACTIONS:
+        if not _ACTION.fullmatch(action):
             _no(f"{at}.{where}", f"{action!r:.40} is not an action")
     for i, rule in enumerate(seccomp.syscalls):
         if not rule.names:
             _no(f"{at}.syscalls[{i}].names", "empty")
         for j, arg in enumerate(rule.args):
-            if arg.op not in SECCOMP_OPERATORS or not 0 <= arg.index <= 5 or not 0 <= arg.value < 2**64 or not 0 <= arg.value_two < 2**64:
+            if not _OPERATOR.fullmatch(arg.op) or not 0 <= arg.index <= 5 or not 0 <= arg.value < 2**64 or not 0 <= arg.value_two < 2**64:
                 _no(f"{at}.syscalls[{i}].args[{j}]", "unknown operator, index above 5 or value outside 64 bits")
