@@ -1,0 +1,3 @@
+"""The daemon: translate, decide, record."""
+
+__version__ = "0.1.0"

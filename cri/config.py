@@ -1,0 +1,306 @@
+"""Configuration: TOML file, drop-ins, environment, flags; later ones win. Frozen once loaded; a key that nobody knows is an error."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import msgspec
+
+from cri.errors import ConfigError
+
+DEFAULT_FILE = Path("/etc/cri-shim/config.toml")
+ENVIRONMENT_PREFIX = "CRI_SHIM_"
+#: Variables with our prefix that are not configuration: the file itself, and the failpoints of tests.
+ENVIRONMENT_OTHER = frozenset({"CRI_SHIM_CONFIG", "CRI_SHIM_FAILPOINTS"})
+#: sun_path with its NUL.
+SOCKET_PATH_MAX = 107
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_HANDLER_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?|")
+
+
+class Seconds(float):
+    """A duration, written ``"1m30s"`` in a file."""
+
+    @classmethod
+    def parse(cls, text: object) -> Seconds:
+        """Like Go's durations, without sign; ``"0"`` is allowed."""
+        if text == "0":
+            return cls(0)
+        if not isinstance(text, str) or not text or _DURATION.sub("", text):
+            raise ValueError(f'expected a duration such as "90s" or "1m30s", got {text!r}')
+        return cls(sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(text)))
+
+    def __str__(self) -> str:
+        for unit in ("h", "m", "s"):
+            if self >= _UNITS[unit] and self % _UNITS[unit] == 0:
+                return f"{int(self / _UNITS[unit])}{unit}"
+        return f"{round(self * 1000)}ms" if self else "0"
+
+
+def _absolute(path: str) -> None:
+    if not path.startswith("/") or "\0" in path or ".." in path.split("/"):
+        raise ValueError(f"expected an absolute path without '..', got {path!r}")
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One table of the file."""
+
+
+class Log(Section, frozen=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+
+
+class Cgroup(Section, frozen=True):
+    driver: Literal["auto", "cgroupfs", "systemd"] = "auto"
+    #: Where supervisor, stdio and helpers live; outside of every pod's cgroup, so that a pod's OOM never takes them.
+    runtime_cgroup: str = "/cri-shim"
+
+    def __post_init__(self) -> None:
+        _absolute(self.runtime_cgroup)
+
+
+class Cni(Section, frozen=True):
+    conf_dir: str = "/etc/cni/net.d"
+    bin_dirs: tuple[str, ...] = ("/opt/cni/bin", "/usr/lib/cni")
+    native_plugins: tuple[str, ...] = ()
+    timeout: Seconds = Seconds(60)
+
+    def __post_init__(self) -> None:
+        for path in (self.conf_dir, *self.bin_dirs):
+            _absolute(path)
+
+
+class Network(Section, frozen=True):
+    mode: Literal["cni", "bridge"] = "cni"
+    #: Built-in mode: one range per address family.
+    subnets: tuple[str, ...] = ("10.88.0.0/16",)
+    cni: Cni = Cni()
+
+    def __post_init__(self) -> None:
+        versions = [ipaddress.ip_network(subnet).version for subnet in self.subnets]
+        if len(set(versions)) != len(versions):
+            raise ValueError("at most one subnet of each address family")
+
+
+class Images(Section, frozen=True):
+    #: containerd's hosts.toml layout, one directory per registry host.
+    registry_dir: str = "/etc/cri-shim/certs.d"
+    max_parallel_pulls: int = 4
+    #: Layers of one pull.
+    max_parallel_layers: int = 3
+    #: A pull without a new byte for this long is given up.
+    progress_timeout: Seconds = Seconds(60)
+    #: References that the kubelet's garbage collection is asked to spare.
+    pinned: tuple[str, ...] = ()
+    signature_policy: str = ""
+
+    def __post_init__(self) -> None:
+        _absolute(self.registry_dir)
+        if self.max_parallel_pulls < 1 or self.max_parallel_layers < 1:
+            raise ValueError("parallelism must be at least 1")
+        if self.signature_policy:
+            # Accepting a policy that nobody enforces would be worse than not starting.
+            raise ValueError("signature_policy: signature verification is not built in this version")
+
+
+class Streaming(Section, frozen=True):
+    address: str = "127.0.0.1"
+    #: 0: any free one.
+    port: int = 0
+    idle_timeout: Seconds = Seconds(4 * 3600)
+    tls_cert: str = ""
+    tls_key: str = ""
+    client_ca: str = ""
+
+    def __post_init__(self) -> None:
+        ipaddress.ip_address(self.address)
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port {self.port} is outside 0-65535")
+
+
+class Handler(Section, frozen=True):
+    #: Privileged containers get no devices of the host.
+    privileged_without_host_devices: bool = False
+
+
+class Runtime(Section, frozen=True):
+    #: RuntimeClass handler name to settings; "" is the default handler and always exists.
+    handlers: dict[str, Handler] = {}
+
+    def __post_init__(self) -> None:
+        for name in self.handlers:
+            if not _HANDLER_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a runtime handler name (lower-case letters, digits, '-' and '.')")
+
+
+class Metrics(Section, frozen=True):
+    #: "127.0.0.1:9464" to serve /metrics; empty for none.
+    listen: str = ""
+
+    def __post_init__(self) -> None:
+        if self.listen:
+            host, _, port = self.listen.rpartition(":")
+            ipaddress.ip_address(host.strip("[]"))
+            if not port.isdigit() or int(port) > 65535:
+                raise ValueError(f"listen: {port!r} is not a port")
+
+
+class Config(Section, frozen=True):
+    """The whole file."""
+
+    #: Images and records: survive a reboot.
+    root: str = "/var/lib/cri-shim"
+    #: Sockets, FIFOs, pinned namespaces, bundles: do not.
+    state: str = "/run/cri-shim"
+    #: Empty in the file: ``cri-shim.sock`` in the state directory.
+    listen: str = ""
+    log: Log = Log()
+    cgroup: Cgroup = Cgroup()
+    network: Network = Network()
+    images: Images = Images()
+    streaming: Streaming = Streaming()
+    runtime: Runtime = Runtime()
+    metrics: Metrics = Metrics()
+
+    def __post_init__(self) -> None:
+        _absolute(self.root)
+        _absolute(self.state)
+        if self.listen and not self.listen.startswith("unix:///"):
+            raise ValueError(f"listen must be unix:///path, not {self.listen!r}")
+
+    @property
+    def socket(self) -> Path:
+        """Path of the CRI socket."""
+        return Path(self.listen.removeprefix("unix://"))
+
+    def handler(self, name: str) -> Handler | None:
+        """Settings of a runtime handler; None for one that is not configured."""
+        return self.runtime.handlers.get(name)
+
+
+def load(file: Path | None = None, flags: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Config:
+    """The effective configuration. ``file`` must exist if given; ``flags`` maps dotted keys to text. Raises ConfigError, one line."""
+    environ = os.environ if environ is None else environ
+    named = file or (Path(environ["CRI_SHIM_CONFIG"]) if environ.get("CRI_SHIM_CONFIG") else None)
+    merged: dict[str, Any] = {}
+    for source, layer in _layers(named, environ, flags or {}):
+        _convert(source, layer)
+        _merge(merged, layer)
+    merged.setdefault("runtime", {}).setdefault("handlers", {}).setdefault("", {})
+    config = _convert("configuration", merged)
+    if not config.listen:
+        config = msgspec.structs.replace(config, listen=f"unix://{config.state}/cri-shim.sock")
+    _check(config)
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as a file that would load to the same."""
+    import tomli_w
+
+    return tomli_w.dumps(msgspec.to_builtins(config, enc_hook=str))
+
+
+def leaves(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and type of everything an operator would type: all but the handlers' tables."""
+    for name, kind in get_type_hints(section).items():
+        if name.startswith("__"):
+            continue
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield from leaves(kind, f"{prefix}{name}.")
+        elif name != "handlers":
+            yield f"{prefix}{name}", kind
+
+
+def variable(key: str) -> str:
+    """``network.cni.conf_dir`` → ``CRI_SHIM_NETWORK_CNI_CONF_DIR``."""
+    return ENVIRONMENT_PREFIX + key.replace(".", "_").upper()
+
+
+def flag(key: str) -> str:
+    """``network.cni.conf_dir`` → ``--network-cni-conf-dir``."""
+    return "--" + key.replace(".", "-").replace("_", "-")
+
+
+def _layers(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    main = file or DEFAULT_FILE
+    if file is not None or main.exists():
+        yield str(main), _read(main)
+    for dropin in sorted(main.with_name(main.name + ".d").glob("*.toml")):
+        yield str(dropin), _read(dropin)
+    kinds = dict(leaves())
+    variables = {variable(key): key for key in kinds}
+    for name in sorted(environ):
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in ENVIRONMENT_OTHER:
+            continue
+        if name not in variables:
+            raise ConfigError(f"environment: {name} is not a variable of cri-shim")
+        yield name, _nest(variables[name], _typed(name, kinds[variables[name]], environ[name]))
+    for key, text in flags.items():
+        yield flag(key), _nest(key, _typed(flag(key), kinds[key], text))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _typed(source: str, kind: Any, text: str) -> Any:
+    """Text of a flag or variable as the TOML value it stands for: lists are separated by commas."""
+    if kind == tuple[str, ...]:
+        return [part for part in text.split(",") if part]
+    if kind is int:
+        if not text.lstrip("-").isdigit():
+            raise ConfigError(f"{source}: expected a whole number, got {text!r}")
+        return int(text)
+    return text
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _merge(into: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _convert(source: str, values: Mapping[str, Any]) -> Config:
+    try:
+        return msgspec.convert(values, Config, dec_hook=lambda kind, value: kind.parse(value))
+    except (msgspec.ValidationError, ValueError) as error:
+        text = str(error).replace("Object contains unknown field", "unknown key").replace("`$.", "`").replace(" - at ", " in ")
+        raise ConfigError(f"{source}: {text[:1].lower()}{text[1:]}") from error
+
+
+def _check(config: Config) -> None:
+    """What only the whole can tell."""
+    if len(os.fsencode(config.socket)) > SOCKET_PATH_MAX:
+        raise ConfigError(f"listen: {config.socket} is longer than the {SOCKET_PATH_MAX} bytes a unix socket's path may have")
+    if config.root == config.state:
+        raise ConfigError("root and state must be different directories: one survives a reboot, the other must not")
+    if config.network.mode == "bridge" and not config.network.subnets:
+        raise ConfigError("network.subnets: the built-in bridge needs at least one")
+    if bool(config.streaming.tls_cert) != bool(config.streaming.tls_key):
+        raise ConfigError("streaming: tls_cert and tls_key go together")
+    if config.streaming.client_ca and not config.streaming.tls_cert:
+        raise ConfigError("streaming.client_ca: needs tls_cert and tls_key")
