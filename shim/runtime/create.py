@@ -1,0 +1,219 @@
+"""Creating a container: stage1 on the host's side, then init.
+
+Stage1 makes the cgroup, turns host paths into detached mounts and joins the pod's namespaces. With a PID namespace of its own the
+container's init is forked next and finishes the work as PID 1, where nobody else can look; the program is execve'd in it. With a
+PID namespace that others live in, stage1 finishes the work outside it and forks last, at start (see ``final.run_in_child``).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from shim import cgroups, seccomp
+from shim.cgroups import oom
+from shim.errors import Failure
+from shim.linux import libc, mount, path
+from shim.oci import bundle as bundles
+from shim.oci import codec
+from shim.oci.bundle import Recipe
+from shim.oci.spec import NamespaceType, Spec
+from shim.rootfs import ops as rootfs
+from shim.rootfs import plan as rootfs_plan
+from shim.runtime import hooks, inside, launch, namespaces, sysctl
+from shim.runtime.channel import Channel
+from shim.runtime.context import Context, PodHandles
+from shim.runtime.final import Final, start_clean
+
+FILTER_FILE = "seccomp.bpf"  # in the bundle: the compiled filter, for exec sessions
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """The job of ``container.create``; see the protocol in ``launch`` and ARCHITECTURE §4."""
+
+    context: Context
+    id: str
+    bundle: int  # directory fd
+    bundle_path: str
+    pod: PodHandles
+    slot: int
+    target: int | None = None  # pidfd or PID namespace fd of the container whose PID namespace is joined
+    stdin_once: bool = False
+
+    @property
+    def keep(self) -> Collection[int]:
+        fds = {self.bundle, *self.context.fds(), *self.pod.named().values()}
+        return fds if self.target is None else fds | {self.target}
+
+    def __call__(self, channel: Channel) -> None:
+        proc = None if self.target is None else namespaces.proc_of(self.target)  # before the heap holds any secret
+        spec, recipe = bundles.load_spec(self.bundle), bundles.load_recipe(self.bundle)
+        start_clean(self.context, spec.process.oom_score_adj)
+        Stage1(self, channel, spec, recipe, proc).run()
+
+
+@dataclass(slots=True)
+class Stage1:
+    job: Container
+    channel: Channel
+    spec: Spec
+    recipe: Recipe
+    proc: int | None
+    group: cgroups.Group = field(init=False)
+    oom_fds: list[int] = field(init=False)
+
+    def run(self) -> None:
+        spec, context = self.spec, self.job.context
+        stdio = None if spec.process.terminal else open_stdio(self.job.bundle, self.job.stdin_once)
+        filter_ = compile_filter(spec, context, self.job.bundle)
+        self.group = cgroups.create(context.layout, spec.linux.cgroups_path, spec.linux.resources)
+        self.channel.note("cgroup", self.group.to_json())  # so that a failure names what there is to remove
+        self.oom_fds = oom.watch(self.group)
+        shm = self._pod_mounts()
+        operations = rootfs_plan.plan(spec, self.recipe, cgroup_version=self.group.version)
+        prepared = rootfs.prepare(operations, self.recipe, shm_fd=shm)
+        pid_mode = namespaces.join(spec, self.job.pod, self.job.target)
+        namespaces.new_mount_namespace(self.job.pod.mount)
+
+        def build() -> tuple[Final, int | None]:
+            return self._build(operations, prepared, stdio, filter_, own_pid=pid_mode is namespaces.PidMode.NEW)
+
+        if pid_mode is namespaces.PidMode.NEW:
+            self._fork_init(build)
+        else:
+            self._finish_outside(build)
+
+    def _pod_mounts(self) -> int | None:
+        """Clones of the pod's /dev/shm and, where its PID namespace is joined, of its /proc."""
+        wants_shm = any(m.source == "pod:shm" for m in self.spec.mounts)
+        pid = self.spec.namespace(NamespaceType.PID)
+        wants_proc = pid is not None and pid.path == "pod:pid"
+        if not (wants_shm or wants_proc):
+            return None
+        libc.setns(self.job.pod.mount, libc.CLONE_NEWNS)
+        shm = mount.open_tree(libc.AT_FDCWD, "/shm", mount.OPEN_TREE_CLONE) if wants_shm else None
+        if wants_proc:
+            self.proc = mount.open_tree(libc.AT_FDCWD, "/proc", mount.OPEN_TREE_CLONE)
+        libc.setns(self.job.context.host_mntns, libc.CLONE_NEWNS)
+        return shm
+
+    def _fork_init(self, build: namespaces.Build) -> None:
+        """Fork PID 1 of a new PID namespace as the supervisor's child; the kernel tells its pid through the slot."""
+        where = cgroups.open_dir(self.group)
+        if where is None:
+            cgroups.join(self.group)
+        address = self.job.context.slots.address(self.job.slot)
+        flags = libc.CLONE_NEWPID | libc.CLONE_PARENT
+        pid, _ = libc.clone3(flags, exit_signal=0, cgroup=where, parent_tid_address=address)
+        if pid == 0:
+            self._init(build)
+
+    def _init(self, build: namespaces.Build) -> NoReturn:
+        code = 127
+        try:
+            final, master = build()
+            self._announce(self.job.context.slots.pid(self.job.slot), final, master)
+            self._await_start(final)
+            final.run(self.channel)
+        except BaseException as error:
+            launch.report(self.channel, error)
+        finally:
+            os._exit(code)
+
+    def _finish_outside(self, build: namespaces.Build) -> None:
+        cgroups.join(self.group)
+        final, master = build()
+        self._announce(0, final, master)
+        self._await_start(final)
+        final.run_in_child(self.channel, self.job.context.slots.address(self.job.slot))
+
+    def _build(
+        self,
+        operations: tuple[rootfs_plan.Op, ...],
+        prepared: rootfs.Prepared,
+        stdio: tuple[int, int, int] | None,
+        filter_: seccomp.Filter | None,
+        *,
+        own_pid: bool,
+    ) -> tuple[Final, int | None]:
+        """Everything between the namespaces and the wait for start."""
+        spec = self.spec
+        if (new := spec.namespace(NamespaceType.CGROUP)) is not None and not new.path:
+            libc.unshare(libc.CLONE_NEWCGROUP)
+        self._host_hooks(own_pid)
+        rootfd = rootfs.attach_root(prepared)
+        rootfs.attach(operations, prepared, rootfd, group=self.group, proc_fd=self.proc)
+        hooks.create_container(spec, rootfd, self.job.context.host_mntns, self.job.id, self.job.bundle_path)
+        namespaces.set_names(spec)
+        if spec.linux.sysctl:
+            sysctl.apply(self.job.context.proc, spec.linux.sysctl)
+        final, master = Final.prepare(spec.process, rootfd, stdio, filter_)
+        if spec.process.terminal:
+            inside.bind_console(rootfd, inside.Console(master or -1, final.stdio[0]))
+        rootfs.seal(operations, prepared, rootfd)
+        inside.enter_cwd(rootfd, spec.process.cwd)
+        return final, master
+
+    def _host_hooks(self, own_pid: bool) -> None:
+        for stage in ("prestart", "createRuntime"):
+            if not hooks.of_stage(self.spec, stage):
+                continue
+            pid = self.job.context.slots.pid(self.job.slot) if own_pid else os.getpid()
+            self.channel.send({"hooks": stage, "pid": pid})
+            answer = self.channel.receive()
+            if answer is None:
+                os._exit(1)
+            if answer.get("hooks") != "ok":
+                raise Failure.from_json(answer.get("error", {"phase": "hook", "operation": stage}))
+
+    def _announce(self, pid: int, final: Final, master: int | None) -> None:
+        fds = {f"oom{i}": fd for i, fd in enumerate(self.oom_fds)}
+        if master is not None:
+            fds["console"] = master
+        user = codec.to_json(final.user)
+        facts = {"pid": pid, "user": user, "cgroup": self.group.to_json(), "fds": list(fds)}
+        self.channel.send({"ok": facts}, tuple(fds.values()))
+        final.close_others(self.channel)
+
+    def _await_start(self, final: Final) -> None:
+        """Block until start; a supervisor that is gone can not start us any more (its successor reports the container dead)."""
+        gc.disable()
+        answer = self.channel.receive()
+        if answer is None:
+            os._exit(128 + signal.SIGKILL)
+        hooks.run_all(hooks.of_stage(self.spec, "startContainer"), hooks.state(self.spec, self.job.id, "created", 0, self.job.bundle_path))
+
+
+def open_stdio(bundle: int, stdin_once: bool) -> tuple[int, int, int]:
+    """The container's ends of its FIFOs, /dev/null where there is no stdin.
+
+    Open for reading and writing, so that a container outlives every reader and writer of ours: no SIGPIPE and no early end of file.
+    Only stdin that closes after its first client must be able to end, and is opened for reading only.
+    """
+    stdout = os.open("stdout", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=bundle)
+    stderr = os.open("stderr", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=bundle)
+    try:
+        if stdin_once:
+            stdin = os.open("stdin", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=bundle)
+            os.set_blocking(stdin, True)
+        else:
+            stdin = os.open("stdin", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=bundle)
+    except FileNotFoundError:
+        stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    return stdin, stdout, stderr
+
+
+def compile_filter(spec: Spec, context: Context, bundle: int) -> seccomp.Filter | None:
+    """The container's filter, compiled or from the cache, and left in the bundle for exec sessions."""
+    profile = spec.linux.seccomp
+    if profile is None:
+        return None
+    capabilities = spec.process.capabilities.bounding if spec.process.capabilities else ()
+    filter_ = seccomp.load(profile, capabilities, context.seccomp_cache)
+    path.write_atomic(bundle, FILTER_FILE, filter_.to_bytes())
+    return filter_

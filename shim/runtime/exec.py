@@ -1,0 +1,96 @@
+"""Running a further process in a container: stage1 joins everything, restricts itself and forks last.
+
+What can be seen from inside the container is the forked process, which has the final credentials and does nothing but execve
+(CVE-2016-9962). The payload is read before anything is joined and holds nothing but this process's own description.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from shim import cgroups, seccomp
+from shim.errors import Failure
+from shim.linux import libc
+from shim.oci import codec
+from shim.oci.spec import Process
+from shim.runtime import inside
+from shim.runtime.channel import Channel
+from shim.runtime.context import Context
+from shim.runtime.create import FILTER_FILE
+from shim.runtime.final import Final, start_clean
+
+_NAMESPACES = (
+    libc.CLONE_NEWNS | libc.CLONE_NEWNET | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS | libc.CLONE_NEWPID | libc.CLONE_NEWCGROUP
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Exec:
+    """The job of ``exec.start``. Answers ``{"ok": {"fds": ["console"]?}}`` and then goes on: end of file on the channel means that
+    execve succeeded, an ``error`` that it failed; the pid is in the slot."""
+
+    context: Context
+    group: cgroups.Group
+    init: int  # pidfd of the container's first process
+    bundle: int  # directory fd
+    payload: int  # sealed memfd with an OCI process
+    slot: int
+    stdin: int | None = None
+    stdout: int | None = None
+    stderr: int | None = None
+    in_cgroup: bool = False  # born in the container's cgroup (v2)
+
+    @property
+    def keep(self) -> Collection[int]:
+        fds = {self.init, self.bundle, self.payload, *self.context.fds()}
+        return fds | {fd for fd in (self.stdin, self.stdout, self.stderr) if fd is not None}
+
+    def __call__(self, channel: Channel) -> None:
+        process = codec.decode(Process, read_payload(self.payload))
+        if not process.args:
+            raise Failure("exec", message="no command", path="process.args")
+        start_clean(self.context, process.oom_score_adj)
+        stdio = None if process.terminal else self._stdio()
+        filter_ = load_filter(self.bundle)
+        if not self.in_cgroup:
+            cgroups.join(self.group)
+        try:
+            libc.setns(self.init, _NAMESPACES)
+        except OSError as error:
+            raise Failure.wrap("exec", "join namespaces", error) from None
+        rootfd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        final, master = Final.prepare(process, rootfd, stdio, filter_)
+        inside.enter_cwd(rootfd, process.cwd)
+        if master is None:
+            channel.send({"ok": {"fds": []}})
+        else:
+            channel.send({"ok": {"fds": ["console"]}}, (master,))
+        final.close_others(channel)
+        final.run_in_child(channel, self.context.slots.address(self.slot))
+
+    def _stdio(self) -> tuple[int, int, int]:
+        """The given fds, /dev/null of the host's devtmpfs for the others."""
+        given = (self.stdin, self.stdout, self.stderr)
+        modes = (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)
+        pairs = zip(given, modes, strict=True)
+        fds = tuple(os.open("/dev/null", mode | os.O_CLOEXEC) if fd is None else fd for fd, mode in pairs)
+        return fds[0], fds[1], fds[2]
+
+
+def read_payload(fd: int) -> bytes:
+    """All of a sealed memfd; the sender's file position does not matter."""
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def load_filter(bundle: int) -> seccomp.Filter | None:
+    """The filter that creating the container left in its bundle; None where it runs without one."""
+    try:
+        fd = os.open(FILTER_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=bundle)
+    except FileNotFoundError:
+        return None
+    try:
+        return seccomp.Filter.from_bytes(read_payload(fd))
+    finally:
+        os.close(fd)

@@ -1,0 +1,96 @@
+"""From a finished root to execve: the part that creating a container and an exec session share."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import termios
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from shim.linux import libc, process
+from shim.oci.spec import Process, User
+from shim.runtime import inside, launch
+from shim.runtime.channel import Channel
+from shim.runtime.context import Context
+from shim.security import Restriction
+from shim.seccomp import Filter
+
+
+def start_clean(context: Context, oom_score_adj: int | None) -> None:
+    """Shed what the supervisor's attributes would lend the process; everything set here survives forks and execve."""
+    process.reset_inherited(context.inherited)
+    process.set_oom_score_adj(context.proc, oom_score_adj or 0)
+
+
+@dataclass(slots=True)
+class Final:
+    """A process that is ready but for its restrictions and execve."""
+
+    restriction: Restriction
+    program: inside.Program
+    user: User
+    terminal: bool
+    stdio: tuple[int, int, int]
+
+    @classmethod
+    def prepare(cls, spec: Process, rootfd: int, stdio: tuple[int, int, int] | None, filter_: Filter | None) -> tuple[Final, int | None]:
+        """Resolve the user, open a console if one is asked for, enter the working directory. Returns the pty's master too.
+
+        ``stdio`` is None exactly where ``spec.terminal`` is set.
+        """
+        resolved = inside.resolve_user(spec, rootfd)
+        spec = replace(spec, user=resolved.user)
+        master: int | None = None
+        if stdio is None:
+            console = inside.open_console(rootfd, spec.console_size, spec.user)
+            master, stdio = console.master, (console.slave, console.slave, console.slave)
+        else:
+            inside.own_stdio(stdio, spec.user)
+        inside.set_rlimits(spec)
+        os.umask(0o022 if spec.user.umask is None else spec.user.umask)
+        restriction = Restriction(spec, filter_)
+        program = inside.Program(spec, resolved.home)
+        return cls(restriction, program, spec.user, spec.terminal, stdio), master
+
+    def close_others(self, channel: Channel) -> None:
+        """stdio to 0..2 and everything else but the channel closed, before the user can be told anything about us."""
+        inside.place_stdio(self.stdio)
+        process.close_all_except({*launch.STDIO, channel.fileno()})
+
+    def run(self, channel: Channel) -> NoReturn:
+        """Become the program in this process."""
+        gc.disable()
+        try:
+            self._lead_session()
+            self.restriction.set_groups()
+            self.restriction.apply()
+            self.restriction.install_last()
+            self.program.run()
+        except BaseException as error:
+            launch.report(channel, error)
+            os._exit(127)
+
+    def run_in_child(self, channel: Channel, pid_address: int) -> None:
+        """Restrict this process, then fork the program as its sibling; returns in the parent.
+
+        For PID namespaces that others live in: what they can see is restricted already and does nothing but execve.
+        Plain clone(2), because filters answer ENOSYS to clone3. The kernel writes the pid to ``pid_address``.
+        """
+        gc.disable()
+        self.restriction.set_groups()
+        self.restriction.apply()
+        if libc.clone(libc.CLONE_PARENT, parent_tid_address=pid_address) == 0:
+            try:
+                self._lead_session()
+                self.restriction.install_last()
+                self.program.run()
+            except BaseException as error:
+                launch.report(channel, error)
+                os._exit(127)
+
+    def _lead_session(self) -> None:
+        os.setsid()
+        if self.terminal:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -1,0 +1,168 @@
+"""Short jobs that may block and therefore run in a child of the supervisor: cgroup removal, limits, killing by group or by tree."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from shim import cgroups
+from shim.cgroups.layout import Layout
+from shim.errors import Failure
+from shim.linux import libc
+from shim.oci import codec
+from shim.oci.spec import Resources
+from shim.runtime import pod
+from shim.runtime.channel import Channel
+from shim.runtime.exec import read_payload
+
+_ROUNDS = 16  # of looking for processes that were forked while the others were being killed
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveCgroup:
+    """Remove a group and what the container made below it; a group that is gone is fine."""
+
+    group: cgroups.Group
+    keep: Collection[int] = ()
+
+    def __call__(self, channel: Channel) -> None:
+        cgroups.remove(self.group)
+        channel.send({"ok": {}})
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Apply new resource limits; ``payload`` is a sealed memfd with OCI resources."""
+
+    layout: Layout
+    group: cgroups.Group
+    payload: int
+
+    @property
+    def keep(self) -> Collection[int]:
+        return (self.payload,)
+
+    def __call__(self, channel: Channel) -> None:
+        cgroups.apply(self.layout, self.group, codec.decode(Resources, read_payload(self.payload)))
+        channel.send({"ok": {}})
+
+
+@dataclass(frozen=True, slots=True)
+class KillAll:
+    """SIGKILL to every process of the group, also frozen or freshly forked ones."""
+
+    group: cgroups.Group
+    keep: Collection[int] = ()
+
+    def __call__(self, channel: Channel) -> None:
+        cgroups.kill(self.group)
+        channel.send({"ok": {}})
+
+
+@dataclass(frozen=True, slots=True)
+class KillTree:
+    """Signal an exec'd process and all that came of it, and nothing else of the container: its descendants, and whoever still is in
+    its session. The leader is stopped first, because its orphans would be adopted by the container's init and lost to the search.
+    """
+
+    group: cgroups.Group
+    pidfd: int
+    pid: int
+    signal: int
+
+    @property
+    def keep(self) -> Collection[int]:
+        return (self.pidfd,)
+
+    def __call__(self, channel: Channel) -> None:
+        try:
+            if self.signal == signal.SIGKILL:
+                libc.pidfd_send_signal(self.pidfd, signal.SIGSTOP)
+            family: set[int] = {self.pid}
+            for _ in range(_ROUNDS):
+                found = relatives(self.pid, family, cgroups.pids(self.group)) - family
+                if not found:
+                    break
+                family |= found
+                for pid in found:
+                    _signal(pid, self.signal)
+            libc.pidfd_send_signal(self.pidfd, self.signal)
+        except ProcessLookupError:
+            pass  # it ended on its own: what remains was found by its session, or is the container's
+        channel.send({"ok": {}})
+
+
+def relatives(leader: int, family: Collection[int], candidates: Iterable[int]) -> set[int]:
+    """Those of ``candidates`` whose chain of parents meets ``family``, or whose session is the leader's."""
+    parents: dict[int, int] = {}
+    related: set[int] = set(family)
+    for pid in candidates:
+        try:
+            parent, session = parent_and_session(pid)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESRCH):
+                continue
+            raise
+        parents[pid] = parent
+        if session == leader:
+            related.add(pid)
+    grew = True
+    while grew:
+        more = {pid for pid, parent in parents.items() if parent in related and pid not in related}
+        grew = bool(more)
+        related |= more
+    return related
+
+
+def parent_and_session(pid: int) -> tuple[int, int]:
+    """Fields 4 and 6 of /proc/PID/stat."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    return int(fields[1]), int(fields[3])
+
+
+def _signal(pid: int, number: int) -> None:
+    """By pidfd, so that a recycled pid gets nothing: the fd is opened, then its membership of the family was just seen."""
+    try:
+        fd = libc.pidfd_open(pid)
+        try:
+            libc.pidfd_send_signal(fd, number)
+        finally:
+            os.close(fd)
+    except ProcessLookupError:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class Unpin:
+    """Release a pinned network namespace."""
+
+    path: str
+    keep: Collection[int] = ()
+
+    def __call__(self, channel: Channel) -> None:
+        pod.unpin(self.path)
+        channel.send({"ok": {}})
+
+
+@dataclass(frozen=True, slots=True)
+class Netlink:
+    """A rtnetlink socket inside a network namespace: ``{"ok": {"fds": ["netlink"]}}``."""
+
+    namespace: int
+
+    @property
+    def keep(self) -> Collection[int]:
+        return (self.namespace,)
+
+    def __call__(self, channel: Channel) -> None:
+        try:
+            libc.setns(self.namespace, libc.CLONE_NEWNET)
+        except OSError as error:
+            raise Failure.wrap("netlink", "setns", error) from None
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        channel.send({"ok": {"fds": ["netlink"]}}, (sock.fileno(),))

@@ -1,0 +1,96 @@
+"""How the supervisor forks a child: clone3, then hygiene in a fixed order before anything is joined (ARCHITECTURE §4, Children)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+from shim.errors import Failure
+from shim.linux import libc, process
+from shim.runtime.channel import Channel
+
+STDIO = frozenset({0, 1, 2})  # /dev/null and the supervisor's log; kept so that nothing else lands on these numbers
+
+
+class Job(Protocol):
+    """What a child does. ``keep`` names the fds that it needs beside stdio and its channel."""
+
+    @property
+    def keep(self) -> Collection[int]: ...
+
+    def __call__(self, channel: Channel) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    pid: int
+    pidfd: int
+    channel: socket.socket  # the supervisor's end, non-blocking
+
+
+def spawn(job: Job, *, title: str, cgroup: int | None = None) -> Child:
+    """Fork a child that runs ``job`` and exits; ``cgroup`` is the fd of a cgroup v2 directory to be born in.
+
+    Raises OSError from clone3, for example EBUSY where ``cgroup`` may not hold processes.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid, pidfd = libc.clone3(0, pidfd=True, cgroup=cgroup)
+        if pid == 0:
+            run_child(job, Channel(theirs), title)
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        theirs.close()
+    ours.setblocking(False)
+    return Child(pid, pidfd, ours)
+
+
+def run_child(job: Job, channel: Channel, title: str) -> NoReturn:
+    """The child's whole life. Every way out is ``_exit``: no handler, buffer or traceback of the parent's runs in here."""
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        process.reset_signals()
+        process.close_all_except({*STDIO, channel.fileno(), *job.keep})
+        process.set_dumpable(False)
+        process.set_title(title)
+        job(channel)
+        code = 0
+    except BaseException as error:
+        report(channel, error)
+    finally:
+        os._exit(code)
+
+
+def report(channel: Channel, error: BaseException) -> None:
+    """Tell the supervisor why, with nothing that could touch a file system (no traceback: it would open source paths)."""
+    if isinstance(error, Failure):
+        failure = error
+    elif isinstance(error, OSError):
+        failure = Failure.wrap("runtime", "system call", error)
+    else:
+        failure = Failure("runtime", message=f"{type(error).__name__}: {error}"[:500])
+    try:
+        channel.send({"error": failure.to_json()})
+    except OSError:
+        os._exit(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A job that calls one function and answers ``{"ok": {}}``."""
+
+    function: Callable[[], None]
+    keep: Collection[int] = ()
+
+    def __call__(self, channel: Channel) -> None:
+        self.function()
+        channel.send({"ok": {}})

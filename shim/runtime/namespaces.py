@@ -1,0 +1,126 @@
+"""Joining and making namespaces: by fd from the pod, by fd of a target container, by path, or new."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import TypeAlias
+
+from shim.errors import Failure
+from shim.linux import libc, mount
+from shim.oci.spec import NamespaceType, Spec
+from shim.runtime.context import PodHandles
+from shim.runtime.final import Final
+
+Build: TypeAlias = Callable[[], "tuple[Final, int | None]"]
+
+FLAGS = {
+    NamespaceType.USER: libc.CLONE_NEWUSER,
+    NamespaceType.NETWORK: libc.CLONE_NEWNET,
+    NamespaceType.IPC: libc.CLONE_NEWIPC,
+    NamespaceType.UTS: libc.CLONE_NEWUTS,
+    NamespaceType.PID: libc.CLONE_NEWPID,
+    NamespaceType.TIME: libc.CLONE_NEWTIME,
+}
+# Mount and cgroup namespaces come later: the one from the pod's small one, the other once the process is in its cgroup.
+_LATER = frozenset({NamespaceType.MOUNT, NamespaceType.CGROUP})
+
+
+class PidMode(Enum):
+    NEW = auto()
+    JOINED = auto()
+    HOST = auto()
+
+
+def join(spec: Spec, pod: PodHandles, target: int | None) -> PidMode:
+    """Join what the spec names and unshare what it wants new, except mount, cgroup and a new PID namespace.
+
+    A joined PID namespace takes effect for children only. Raises Failure with the namespace's type.
+    """
+    if spec.namespace(NamespaceType.MOUNT) is None:
+        raise Failure("namespaces", message="a container needs a mount namespace of its own", path="linux.namespaces")
+    fresh, mode, named = 0, PidMode.HOST, pod.named()
+    for entry in spec.linux.namespaces:
+        if entry.type in _LATER:
+            continue
+        if entry.type is NamespaceType.PID:
+            mode = PidMode.JOINED if entry.path else PidMode.NEW
+        if not entry.path:
+            fresh |= FLAGS[entry.type] if entry.type is not NamespaceType.PID else 0
+            continue
+        try:
+            _join_one(entry.type, entry.path, named, target)
+        except OSError as error:
+            raise Failure.wrap("namespaces", f"join {entry.type.value}", error, entry.path) from None
+    if fresh:
+        libc.unshare(fresh)
+    return mode
+
+
+def _join_one(kind: NamespaceType, where: str, pod: dict[str, int], target: int | None) -> None:
+    scheme, _, name = where.partition(":")
+    if scheme == "pod":
+        if name not in pod:
+            raise Failure("namespaces", f"join {kind.value}", path=where, message="the pod has none")
+        libc.setns(pod[name], FLAGS[kind])
+    elif scheme == "target":
+        if target is None:
+            raise Failure("namespaces", f"join {kind.value}", path=where, message="no target container was given")
+        libc.setns(target, FLAGS[kind])
+    else:
+        fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+        libc.setns(fd, FLAGS[kind])
+        os.close(fd)
+
+
+def new_mount_namespace(pod_mount: int) -> None:
+    """A mount namespace with a copy of the pod's few mounts: its cost does not grow with the host's mount table."""
+    libc.setns(pod_mount, libc.CLONE_NEWNS)
+    libc.unshare(libc.CLONE_NEWNS)
+
+
+def set_names(spec: Spec) -> None:
+    """Host and domain name, where the container has a UTS namespace of its own."""
+    uts = spec.namespace(NamespaceType.UTS)
+    if uts is None or uts.path:
+        return
+    if spec.hostname:
+        libc.sethostname(spec.hostname)
+    if spec.domainname:
+        libc.setdomainname(spec.domainname)
+
+
+def proc_of(target: int) -> int:
+    """A detached procfs of the PID namespace behind ``target`` (a pidfd or namespace fd).
+
+    procfs belongs to the PID namespace of whoever opens it, and setns(2) moves only children there: so a child makes it. Call this
+    before the process holds anything secret, because the child can be read from inside that namespace.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    before = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    libc.setns(target, libc.CLONE_NEWPID)
+    pid, pidfd = libc.clone3(0, pidfd=True)
+    if pid == 0:
+        code = 1
+        try:
+            fd = mount.new_proc()
+            theirs.sendmsg([b"p"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+            code = 0
+        except OSError as error:
+            theirs.send(str(error.errno).encode())
+        finally:
+            os._exit(code)
+    libc.setns(before, libc.CLONE_NEWPID)
+    os.close(before)
+    theirs.close()
+    data, ancillary, _, _ = ours.recvmsg(16, socket.CMSG_SPACE(4))
+    ours.close()
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+    os.close(pidfd)
+    if not ancillary:
+        number = int(data) if data else None
+        raise Failure("namespaces", "mount", errno=number, path="/proc", message="procfs of the target's PID namespace")
+    return array.array("i", ancillary[0][2])[0]

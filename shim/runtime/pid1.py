@@ -1,0 +1,34 @@
+"""PID 1 of a pod whose containers share a PID namespace: a static ELF of under 200 bytes, emitted here per architecture.
+
+It is exec'd, so nothing of ours stays in its memory. SIGCHLD is ignored before the exec, and ignored dispositions survive it
+(execve(2)): the kernel then reaps every orphan itself (wait(2), NOTES), and the program only has to pause for ever. PID 1 has no
+handlers, so no signal from inside its namespace ends it (pid_namespaces(7)).
+"""
+
+from __future__ import annotations
+
+import platform
+import struct
+
+_BASE = 0x400000
+_HEADERS = 64 + 56
+
+# pause() for ever. x86_64: mov eax, 34; syscall; jmp -9
+_X86_64 = bytes.fromhex("b822000000" "0f05" "ebf7")
+# aarch64 has no pause: ppoll(NULL, 0, NULL, NULL, 0) with no timeout waits for ever.
+# mov x0..x4, #0; mov w8, #73; svc #0; b -28
+_AARCH64 = struct.pack(
+    "<8I", 0xD2800000, 0xD2800001, 0xD2800002, 0xD2800003, 0xD2800004, 0x52800928, 0xD4000001, 0x17FFFFF9
+)
+_MACHINES = {"x86_64": (62, _X86_64), "aarch64": (183, _AARCH64)}
+
+
+def image(machine: str | None = None) -> bytes:
+    """The executable for ``machine`` (``uname -m``). Raises KeyError where the project does not run."""
+    number, code = _MACHINES[machine or platform.machine()]
+    size = _HEADERS + len(code)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, number, 1, _BASE + _HEADERS, 64, 0, 0, 64, 56, 1, 0, 0, 0
+    )
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, _BASE, _BASE, size, size, 0x1000)  # PT_LOAD, read and execute
+    return header + segment + code

@@ -1,0 +1,155 @@
+"""A pod's namespaces: made in one child, handed back as fds, pinned where a path is needed (the network namespace, for CNI)."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import struct
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import NoReturn
+
+from shim import cgroups
+from shim.errors import Failure
+from shim.linux import caps, libc, mount, process
+from shim.oci import bundle as bundles
+from shim.oci.sandbox import Sandbox
+from shim.oci.spec import NamespaceType
+from shim.runtime import pid1, sysctl
+from shim.runtime.channel import Channel
+from shim.runtime.context import Context
+
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
+_NEW = {NamespaceType.NETWORK: libc.CLONE_NEWNET, NamespaceType.IPC: libc.CLONE_NEWIPC, NamespaceType.UTS: libc.CLONE_NEWUTS}
+_FILES = {NamespaceType.NETWORK: "net", NamespaceType.IPC: "ipc", NamespaceType.UTS: "uts"}
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """The job of ``pod.create``: ``{"ok": {"pid": 0 or that of PID 1, "fds": [names]}}``.
+
+    fds: ``mount`` always; ``network`` and ``netlink`` (a rtnetlink socket inside it), ``ipc``, ``uts`` where the pod has its own; ``pid``
+    and ``cgroup`` facts where its containers share a PID namespace.
+    """
+
+    context: Context
+    directory: int  # fd of the pod's state directory
+    slot: int
+
+    @property
+    def keep(self) -> Collection[int]:
+        return {self.directory, *self.context.fds()}
+
+    def __call__(self, channel: Channel) -> None:
+        sandbox = bundles.load_sandbox(self.directory)
+        if NamespaceType.USER in sandbox.namespaces or sandbox.uid_mappings:
+            raise Failure("create pod", "namespaces", message="user namespaces are not built yet", path="namespaces")
+        process.reset_inherited(self.context.inherited)
+        flags = sum(_NEW[kind] for kind in sandbox.namespaces if kind in _NEW)
+        libc.unshare(flags)
+        fds = {kind.value: self._own(_FILES[kind]) for kind in sandbox.namespaces if kind in _FILES}
+        if NamespaceType.UTS in sandbox.namespaces and sandbox.hostname:
+            libc.sethostname(sandbox.hostname)
+        if NamespaceType.NETWORK in sandbox.namespaces:
+            fds["netlink"] = _bring_up_network(sandbox)
+        sysctl.apply(self.context.proc, sandbox.sysctl)
+        facts: dict[str, object] = {"pid": 0}
+        fds["mount"] = self._mount_namespace(sandbox)
+        if NamespaceType.PID in sandbox.namespaces:
+            facts["pid"], facts["cgroup"] = self._pid1(sandbox, fds)
+        channel.send({"ok": {**facts, "fds": list(fds)}}, tuple(fds.values()))
+
+    def _mount_namespace(self, sandbox: Sandbox) -> int:
+        """A mount namespace for the pod with its /dev/shm at /shm; containers' namespaces start as copies of it."""
+        libc.setns(self.context.lean_mntns, libc.CLONE_NEWNS)
+        libc.unshare(libc.CLONE_NEWNS)
+        if sandbox.shm_size:
+            options = {"source": "shm", "size": str(sandbox.shm_size), "mode": "1777"}
+            attributes = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
+            shm = mount.new_filesystem("tmpfs", options, attributes)
+            mount.attach(shm, "/shm")
+            os.close(shm)
+        return self._own("mnt")
+
+    def _own(self, name: str) -> int:
+        return os.open(f"self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc)
+
+    def _pid1(self, sandbox: Sandbox, fds: dict[str, int]) -> tuple[int, dict[str, object] | None]:
+        """Fork and exec PID 1 of a shared PID namespace; the pod's mount namespace gets its procfs at /proc."""
+        group = cgroups.create(self.context.layout, sandbox.cgroups_path, None) if sandbox.cgroups_path else None
+        image = libc.sealed_memfd("cri-shim-pause", pid1.image())
+        where = cgroups.open_dir(group) if group else None
+        if group and where is None:
+            cgroups.join(group)
+        ready, told = os.pipe()
+        flags = libc.CLONE_NEWPID | libc.CLONE_PARENT
+        pid, _ = libc.clone3(flags, exit_signal=0, cgroup=where, parent_tid_address=self.context.slots.address(self.slot))
+        if pid == 0:
+            _become_pid1(image, told)
+        os.close(told)
+        said = os.read(ready, 64)  # nothing: close-on-exec closed it, so the program runs
+        if said:
+            raise Failure("create pod", "PID 1", errno=int(said), path=sandbox.id)
+        fds["pid"] = os.open(f"{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc)
+        return pid, group.to_json() if group else None
+
+
+def _bring_up_network(sandbox: Sandbox) -> int:
+    """Loopback up, the namespace pinned; returns a netlink socket inside it (the daemon itself never joins a namespace)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = fcntl.ioctl(sock, _SIOCGIFFLAGS, struct.pack("16sH14x", b"lo", 0))
+        flags = struct.unpack_from("H", request, 16)[0]
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", flags | _IFF_UP))
+    if sandbox.netns_path:
+        pin("/proc/self/ns/net", sandbox.netns_path)
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE).detach()
+
+
+def pin(namespace: str, target: str) -> None:
+    """Bind a namespace file over an empty file, so that it lives without a process."""
+    try:
+        os.close(os.open(target, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
+    except FileExistsError:
+        unpin(target)
+        os.close(os.open(target, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o444))
+    mount.bind(namespace, target)
+
+
+def unpin(target: str) -> None:
+    """Undo ``pin``; nothing to do where there is none. Blocking: for a child of the supervisor."""
+    try:
+        mount.umount2(target, mount.MNT_DETACH | mount.UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):  # not a mount point, or gone
+            raise Failure.wrap("delete pod", "umount", error, target) from None
+    try:
+        os.unlink(target)
+    except FileNotFoundError:
+        return
+
+
+def _become_pid1(image: int, told: int) -> NoReturn:
+    """PID 1: procfs for the pod, then no capabilities, no fds, an empty read-only root, nothing of ours in memory."""
+    try:
+        proc = mount.new_proc()
+        mount.attach(proc, "/proc")
+        libc.unshare(libc.CLONE_NEWNS)
+        mount.empty_root()
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        process.close_all_except({image, told})
+        caps.drop_bounding(0)
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+        caps.set_caps(0, 0, 0)
+        libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
+        libc.execveat(image, "", [b"/pause"], [])
+    except OSError as error:
+        os.write(told, str(error.errno).encode())
+    finally:
+        os._exit(127)
+
