@@ -9,11 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Mapping
 from contextlib import suppress
+from types import MappingProxyType
 
-from shim.linux.libc import AT_EMPTY_PATH, AT_FDCWD, AT_RECURSIVE, NR, encode, fstatfs_type, syscall
-
-__all__ = ["AT_FDCWD", "AT_RECURSIVE", "fstatfs_type"]
+from shim.linux.libc import AT_EMPTY_PATH as AT_EMPTY_PATH
+from shim.linux.libc import AT_FDCWD as AT_FDCWD
+from shim.linux.libc import AT_RECURSIVE as AT_RECURSIVE
+from shim.linux.libc import NR, encode, pivot_root, syscall
+from shim.linux.libc import fstatfs_type as fstatfs_type
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_MOVE, MS_REC = 1, 2, 4, 8, 32, 4096, 8192, 16384
 MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
@@ -123,11 +127,11 @@ def umount2(target: str, flags: int = 0) -> None:
     syscall(NR["umount2"], encode(target), flags, path=target)
 
 
-def new_filesystem(fstype: str, options: tuple[tuple[str, str | None], ...] = (), attributes: int = 0) -> int:
-    """A detached mount of a new file system; an option without a value is a flag."""
+def new_filesystem(fstype: str, options: Mapping[str, str | None] = MappingProxyType({}), attributes: int = 0) -> int:
+    """A detached mount of a new file system; an option without a value is a flag, "source" is what mountinfo shows."""
     fs = fsopen(fstype)
     try:
-        for key, value in options:
+        for key, value in options.items():
             if value is None:
                 fsconfig_flag(fs, key)
             else:
@@ -136,6 +140,53 @@ def new_filesystem(fstype: str, options: tuple[tuple[str, str | None], ...] = ()
         return fsmount(fs, attributes)
     finally:
         os.close(fs)
+
+
+def new_proc() -> int:
+    """A detached procfs of the caller's own PID namespace (not the one its children will get)."""
+    return new_filesystem("proc", {"source": "proc"}, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC)
+
+
+def attach(source: int, target: str) -> None:
+    """``move_mount`` onto a path that nobody else can change."""
+    fd = os.open(target, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        move_mount(source, fd)
+    finally:
+        os.close(fd)
+
+
+def bind(source: str, target: str) -> None:
+    """Bind one file or directory (not what is mounted below it) over another, both by path."""
+    fd = open_tree(AT_FDCWD, source)
+    try:
+        attach(fd, target)
+    finally:
+        os.close(fd)
+
+
+def make_private(target: str) -> None:
+    """Cut a tree of mounts off from its peers, in both directions."""
+    mount("none", target, "", MS_REC | MS_PRIVATE)
+
+
+def enter_root(fd: int) -> None:
+    """Make the mount behind ``fd``, attached somewhere in this mount namespace, its root and drop the old root with all below it."""
+    os.fchdir(fd)
+    pivot_root(".", ".")  # the old root is now mounted on top of the new one, and "." still names the new one's directory
+    umount2(".", MNT_DETACH)
+    os.chdir("/")
+
+
+def empty_root() -> None:
+    """Make the root of this mount namespace, which nobody else may share, an empty read-only file system."""
+    make_private("/")
+    root = new_filesystem("tmpfs", {"source": "none", "size": "4k", "nr_inodes": "2", "mode": "555"}, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV)
+    try:
+        attach(root, "/")
+        enter_root(root)
+    finally:
+        os.close(root)
 
 
 def clone_mount(fd: int, *, recursive: bool = False) -> int:
