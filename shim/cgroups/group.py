@@ -1,0 +1,117 @@
+"""One container's control group, and the few file operations that every hierarchy needs."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from shim.errors import Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """``path`` is relative to each hierarchy's mount and starts with a slash; ``paths`` maps controllers to absolute directories.
+
+    In version 2 every controller has the same directory, which is listed once under the empty name.
+    """
+
+    version: int
+    path: str
+    paths: dict[str, str]
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """Every directory once; controllers that are mounted together share one."""
+        return tuple(dict.fromkeys(self.paths.values()))
+
+    def directory(self, controller: str) -> str | None:
+        """Where files of that controller are, or None if the machine lacks it."""
+        return self.paths[""] if self.version == 2 else self.paths.get(controller)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": self.version, "path": self.path, "paths": self.paths}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Group:
+        return cls(int(fields["version"]), str(fields["path"]), dict(fields["paths"]))
+
+
+def checked_path(path: str) -> str:
+    """``path`` with a leading and no trailing slash. Raises Failure for one that names a hierarchy's root or leaves it."""
+    if path.count(":") == 2 and "/" not in path:
+        raise Failure("create cgroup", path=path, message="this is a path of the systemd driver, and the cgroupfs driver is in use")
+    parts = path.strip("/").split("/")
+    if "\0" in path or any(part in ("", ".", "..") for part in parts):
+        raise Failure("create cgroup", path=path, message="not a path below the hierarchy's root")
+    return "/" + "/".join(parts)
+
+
+def write(path: str, value: str) -> None:
+    """One write(2), as control files demand. Raises OSError with the path."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(fd)
+
+
+def read(path: str) -> str:
+    """The whole file. Raises OSError with the path."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        first = chunk = os.read(fd, 16384)
+        while chunk:  # one file can need several reads, and only an empty one ends it
+            chunk = os.read(fd, 16384)
+            first += chunk
+        return first.decode("utf-8", "replace")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(fd)
+
+
+def tree(directory: str) -> Iterator[str]:
+    """``directory`` and the groups below it, children before parents; nothing if it does not exist."""
+    try:
+        # In cgroup file systems a directory's link count is 2 plus its subdirectories: no listing is needed for a leaf.
+        if os.stat(directory).st_nlink > 2:
+            with os.scandir(directory) as entries:
+                children = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+            for child in children:
+                yield from tree(child)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return
+        raise
+    yield directory
+
+
+def processes(directory: str) -> set[int]:
+    """Processes in ``directory`` and below it. Zombies do not count; a group that vanishes meanwhile has none."""
+    found: set[int] = set()
+    for group in tree(directory):
+        try:
+            found.update(map(int, read(f"{group}/cgroup.procs").split()))
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # version 2, below a threaded domain: only threads are listed
+                found.update(_leaders(read(f"{group}/cgroup.threads").split()))
+            elif error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+    found.discard(0)  # a process outside our PID namespace
+    return found
+
+
+def _leaders(threads: list[str]) -> Iterator[int]:
+    for thread in threads:
+        try:
+            status = read(f"/proc/{thread}/status")
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESRCH):
+                continue
+            raise
+        yield int(status.partition("\nTgid:")[2].split(None, 1)[0])

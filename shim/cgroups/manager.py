@@ -1,0 +1,138 @@
+"""What the runtime core does with control groups, the same for both versions.
+
+All of it may block (1 to 13 ms for a move on version 2, seconds for a kill): call it in a child of the supervisor, never in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from shim.cgroups import v1, v2
+from shim.cgroups.group import Group, checked_path
+from shim.cgroups.group import read as _read
+from shim.cgroups.layout import Layout
+from shim.errors import Failure
+from shim.oci.spec import Resources
+
+KILL_TIMEOUT = 5.0  # seconds that kill waits for the dead to go
+BUSY_TIMEOUT = 2.0  # seconds that remove waits for the last exits to be accounted
+
+
+class _Backend(Protocol):
+    """What the modules v1 and v2 both are; the type checker compares."""
+
+    def create(self, layout: Layout, path: str, resources: Resources) -> Group: ...
+    def join(self, group: Group) -> None: ...
+    def apply(self, group: Group, layout: Layout, resources: Resources) -> None: ...
+    def pids(self, group: Group) -> list[int]: ...
+    def kill(self, group: Group, deadline: float) -> set[int]: ...
+    def freeze(self, group: Group, deadline: float) -> None: ...
+    def thaw(self, group: Group) -> None: ...
+    def remove(self, group: Group, retry: Callable[[str], None]) -> None: ...
+
+
+def _backend(version: int) -> _Backend:
+    if version == 1:
+        return v1
+    return v2
+
+
+def create(layout: Layout, cgroups_path: str, resources: Resources | None = None) -> Group:
+    """Make the group with its limits and device rules; parents that are missing too. Nothing is left after a Failure.
+
+    A group of that path that holds processes or groups is EEXIST; an empty one is replaced. Resources without device rules leave
+    devices to the parent.
+    """
+    path = checked_path(cgroups_path)
+    return _backend(layout.version).create(layout, path, resources or Resources())
+
+
+def join(group: Group) -> None:
+    """Move the calling process, which must have one thread, into the group."""
+    _backend(group.version).join(group)
+
+
+def open_dir(group: Group) -> int | None:
+    """A directory fd for CLONE_INTO_CGROUP; None on version 1, where the child has to ``join``."""
+    return None if group.version == 1 else v2.open_dir(group)
+
+
+def apply(layout: Layout, group: Group, resources: Resources) -> None:
+    """New limits for a group in use; what ``resources`` leaves out stays. All or nothing, apart from lists of devices.
+
+    Failure with EBUSY if the group uses more memory than the new limit: nothing is killed.
+    """
+    _backend(group.version).apply(group, layout, resources)
+
+
+def pids(group: Group) -> list[int]:
+    """Processes in the group and below, without zombies; empty for a group that is gone."""
+    return _backend(group.version).pids(group)
+
+
+def kill(group: Group, timeout: float = KILL_TIMEOUT) -> None:
+    """SIGKILL everything in the group and below, frozen or not, and wait until it is gone.
+
+    Failure EBUSY naming who is left after ``timeout`` seconds: a process in D state, or one in a group frozen further up.
+    """
+    left = _backend(group.version).kill(group, time.monotonic() + timeout)
+    if left:
+        names = ", ".join(_describe(pid) for pid in sorted(left)[:8])
+        message = f"{len(left)} not gone {timeout:g} s after SIGKILL: {names}"
+        raise Failure("kill cgroup", errno=errno.EBUSY, path=group.path, message=message)
+
+
+def _describe(pid: int) -> str:
+    try:
+        name, _, rest = _read(f"/proc/{pid}/stat").rpartition(")")
+    except OSError:
+        return f"{pid} (gone by now)"
+    return f"{pid} {name.partition('(')[2]} ({rest.split()[0]})"
+
+
+def freeze(group: Group, timeout: float = 2.0) -> None:
+    _backend(group.version).freeze(group, time.monotonic() + timeout)
+
+
+def thaw(group: Group) -> None:
+    _backend(group.version).thaw(group)
+
+
+def remove(group: Group, timeout: float = BUSY_TIMEOUT) -> None:
+    """Remove the group and the groups that the container made in it. Already gone is success; parents stay.
+
+    Kills nothing. Failure EBUSY naming the processes if there are any after ``timeout`` seconds; a dead process counts until its exit
+    is done, which is shortly after it has been reaped.
+    """
+    deadline = time.monotonic() + timeout
+    _backend(group.version).remove(group, lambda directory: _rmdir(directory, deadline))
+
+
+def _rmdir(directory: str, deadline: float) -> None:
+    pause = 0.0005
+    while True:
+        try:
+            os.rmdir(directory)
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() >= deadline:
+                raise _not_removed(directory, error) from error
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
+
+
+def _not_removed(directory: str, error: OSError) -> Failure:
+    failure = Failure.wrap("remove cgroup", "rmdir", error, directory)
+    try:
+        members = _read(f"{directory}/cgroup.procs").split()
+    except OSError:
+        return failure
+    if members:
+        failure.message = "it holds " + ", ".join(_describe(int(pid)) for pid in members[:8])
+    return failure
