@@ -1,0 +1,133 @@
+"""The CRI RuntimeService: one delegating line per RPC, no logic. RPCs that are not built inherit UNIMPLEMENTED."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+
+from cri import node
+from cri.containers import create, exec, logs, remove, start, stop, update
+from cri.containers import list as list_containers
+from cri.containers import status as container_status
+from cri.containers.model import Containers
+from cri.images.store import Images
+from cri.network.base import Network
+from cri.node import Node
+from cri.pods import list as list_pods
+from cri.pods import remove as remove_pod
+from cri.pods import run
+from cri.pods import status as pod_status
+from cri.pods import stop as stop_pod
+from cri.pods.model import Pods
+from cri.supervisor import Supervisor
+from protos.runtime.v1 import api_pb2 as v1
+from protos.runtime.v1 import api_pb2_grpc
+
+Context = grpc.aio.ServicerContext
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The collaborators of the verbs; each verb is handed those it uses."""
+
+    pods: Pods
+    containers: Containers
+    supervisor: Supervisor
+    images: Images
+    network: Network
+    node: Node
+
+
+class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
+    def __init__(self, parts: Parts) -> None:
+        self._p = parts
+
+    async def Version(self, request: v1.VersionRequest, context: Context) -> v1.VersionResponse:
+        return node.version()
+
+    async def Status(self, request: v1.StatusRequest, context: Context) -> v1.StatusResponse:
+        return node.status(self._p.node, verbose=request.verbose, supervisor=self._p.supervisor, network=self._p.network)
+
+    async def RuntimeConfig(self, request: v1.RuntimeConfigRequest, context: Context) -> v1.RuntimeConfigResponse:
+        return node.runtime_config(self._p.node)
+
+    async def UpdateRuntimeConfig(self, request: v1.UpdateRuntimeConfigRequest, context: Context) -> v1.UpdateRuntimeConfigResponse:
+        return node.update_runtime_config(request, network=self._p.network)
+
+    async def RunPodSandbox(self, request: v1.RunPodSandboxRequest, context: Context) -> v1.RunPodSandboxResponse:
+        p = self._p
+        pod_id = await run.run(
+            request, pods=p.pods, supervisor=p.supervisor, network=p.network, node=p.node, timeout=context.time_remaining()
+        )
+        return v1.RunPodSandboxResponse(pod_sandbox_id=pod_id)
+
+    async def StopPodSandbox(self, request: v1.StopPodSandboxRequest, context: Context) -> v1.StopPodSandboxResponse:
+        p = self._p
+        await stop_pod.stop(
+            request.pod_sandbox_id, pods=p.pods, containers=p.containers, supervisor=p.supervisor, network=p.network
+        )
+        return v1.StopPodSandboxResponse()
+
+    async def RemovePodSandbox(self, request: v1.RemovePodSandboxRequest, context: Context) -> v1.RemovePodSandboxResponse:
+        p = self._p
+        await remove_pod.remove(
+            request.pod_sandbox_id,
+            pods=p.pods,
+            containers=p.containers,
+            supervisor=p.supervisor,
+            network=p.network,
+            images=p.images,
+        )
+        return v1.RemovePodSandboxResponse()
+
+    async def PodSandboxStatus(self, request: v1.PodSandboxStatusRequest, context: Context) -> v1.PodSandboxStatusResponse:
+        return pod_status.status(request.pod_sandbox_id, verbose=request.verbose, pods=self._p.pods)
+
+    async def ListPodSandbox(self, request: v1.ListPodSandboxRequest, context: Context) -> v1.ListPodSandboxResponse:
+        return list_pods.list_pods(request.filter, pods=self._p.pods)
+
+    async def CreateContainer(self, request: v1.CreateContainerRequest, context: Context) -> v1.CreateContainerResponse:
+        p = self._p
+        container_id = await create.create(
+            request,
+            pods=p.pods,
+            containers=p.containers,
+            supervisor=p.supervisor,
+            images=p.images,
+            node=p.node,
+            timeout=context.time_remaining(),
+        )
+        return v1.CreateContainerResponse(container_id=container_id)
+
+    async def StartContainer(self, request: v1.StartContainerRequest, context: Context) -> v1.StartContainerResponse:
+        await start.start(request.container_id, containers=self._p.containers, supervisor=self._p.supervisor)
+        return v1.StartContainerResponse()
+
+    async def StopContainer(self, request: v1.StopContainerRequest, context: Context) -> v1.StopContainerResponse:
+        await stop.stop(request.container_id, request.timeout, containers=self._p.containers, supervisor=self._p.supervisor)
+        return v1.StopContainerResponse()
+
+    async def RemoveContainer(self, request: v1.RemoveContainerRequest, context: Context) -> v1.RemoveContainerResponse:
+        p = self._p
+        await remove.remove(request.container_id, containers=p.containers, supervisor=p.supervisor, images=p.images)
+        return v1.RemoveContainerResponse()
+
+    async def ListContainers(self, request: v1.ListContainersRequest, context: Context) -> v1.ListContainersResponse:
+        return list_containers.list_containers(request.filter, containers=self._p.containers, pods=self._p.pods)
+
+    async def ContainerStatus(self, request: v1.ContainerStatusRequest, context: Context) -> v1.ContainerStatusResponse:
+        return container_status.status(request.container_id, verbose=request.verbose, containers=self._p.containers)
+
+    async def UpdateContainerResources(
+        self, request: v1.UpdateContainerResourcesRequest, context: Context
+    ) -> v1.UpdateContainerResourcesResponse:
+        await update.update(request, containers=self._p.containers, supervisor=self._p.supervisor, host=self._p.node.host)
+        return v1.UpdateContainerResourcesResponse()
+
+    async def ReopenContainerLog(self, request: v1.ReopenContainerLogRequest, context: Context) -> v1.ReopenContainerLogResponse:
+        await logs.reopen(request.container_id, containers=self._p.containers, supervisor=self._p.supervisor)
+        return v1.ReopenContainerLogResponse()
+
+    async def ExecSync(self, request: v1.ExecSyncRequest, context: Context) -> v1.ExecSyncResponse:
+        return await exec.exec_sync(request, containers=self._p.containers, supervisor=self._p.supervisor)

@@ -1,0 +1,140 @@
+"""StopContainer: the stop signal, the grace period, SIGKILL. One stop at a time per container; a later, shorter one hurries it.
+
+The waiting is a task of its own, so a client that gives up does not cut the grace period short for the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+from typing import Final
+
+from cri.containers.model import Container, Containers
+from cri.errors import DeadlineExceeded
+from cri.pods.model import now
+from cri.supervisor import Supervisor
+from protos.runtime.v1 import api_pb2 as v1
+from shim.errors import Failure
+from shim.oci.bundle import ExitRecord
+
+# After SIGKILL: a first wait for the usual case, then every process of the cgroup is killed (thawing it, too), then it is reported.
+_FIRST_WAIT: Final = 2.0
+_LAST_WAIT: Final = 10.0
+NEVER_STARTED_CODE: Final = 128 + signal.SIGKILL
+
+log = logging.getLogger("cri.containers")
+
+
+class Stopping:
+    """A stop in progress. ``wake`` is set when the process has ended or the grace period is over."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
+        self._loop = loop
+        self.wake = asyncio.Event()
+        self.deadline = deadline
+        self._timer = loop.call_at(deadline, self.wake.set)
+        self.task: asyncio.Task[None] | None = None
+
+    def hurry(self, deadline: float) -> None:
+        """An earlier end of the grace period wins."""
+        if deadline < self.deadline:
+            self.deadline = deadline
+            self._timer.cancel()
+            self._timer = self._loop.call_at(deadline, self.wake.set)
+
+    def done(self) -> None:
+        self._timer.cancel()
+
+
+async def stop(container_id: str, timeout: int, *, containers: Containers, supervisor: Supervisor) -> None:
+    """Stop within ``timeout`` seconds, by force after it. One that does not run, or is unknown, is fine.
+
+    Raises DeadlineExceeded for a process that outlives SIGKILL (uninterruptible sleep).
+    """
+    container = containers.find(container_id)
+    if container is not None:
+        await stop_running(container, timeout, supervisor=supervisor)
+
+
+async def stop_running(container: Container, timeout: float, *, supervisor: Supervisor) -> None:
+    """Stop a container that may be running."""
+    async with container.lock:  # a start in flight comes first
+        if not container.running:
+            return
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + max(timeout, 0)
+        stopping = container.stopping
+        if stopping is None:
+            stopping = container.stopping = Stopping(loop, deadline)
+            stopping.task = asyncio.create_task(_drive(container, stopping, timeout > 0, supervisor), name=f"stop {container.id[:13]}")
+            stopping.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        else:
+            stopping.hurry(deadline)
+    assert stopping.task is not None
+    await asyncio.shield(stopping.task)
+
+
+async def _drive(container: Container, stopping: Stopping, graceful: bool, supervisor: Supervisor) -> None:
+    try:
+        if graceful:
+            await _signal(container, container.facts.stop_signal, supervisor)
+            await stopping.wake.wait()
+        if not container.ended.is_set():
+            await _kill(container, supervisor)
+    finally:
+        stopping.done()
+        container.stopping = None
+
+
+async def _kill(container: Container, supervisor: Supervisor) -> None:
+    # In a PID namespace of its own the kernel kills the rest with the first process.
+    for everything, wait in ((not container.own_pid_namespace, _FIRST_WAIT), (True, _LAST_WAIT)):
+        await _signal(container, signal.SIGKILL, supervisor, everything=everything)
+        if await _ended_within(container, wait):
+            return
+    raise DeadlineExceeded(
+        f"container {container.id} (pid {container.facts.pid}) is alive {_FIRST_WAIT + _LAST_WAIT:g} s after SIGKILL",
+        hint="a process in uninterruptible sleep (state D) waits for a disk or a network file system",
+    )
+
+
+async def _ended_within(container: Container, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await container.ended.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _signal(container: Container, number: int, supervisor: Supervisor, *, everything: bool = False) -> None:
+    try:
+        await supervisor.kill_container(container.id, number, everything=everything)
+    except Failure as failure:
+        if failure.errno not in (errno.ESRCH, errno.ENOENT):
+            raise
+        # It has just ended; the exit is on its way.
+
+
+async def end(container: Container, *, containers: Containers, supervisor: Supervisor) -> None:
+    """No process of the container is left afterwards, whatever state it was in, and the runtime core has forgotten it."""
+    if container.state == v1.CONTAINER_CREATED:
+        async with container.lock:
+            if container.state == v1.CONTAINER_CREATED:
+                await supervisor.delete_container(container.id)
+                record = ExitRecord(NEVER_STARTED_CODE, now(), reason="Error", message="stopped before it was started", signal=9)
+                containers.exited(container, record)
+    await stop_running(container, 0, supervisor=supervisor)
+    await release(container, containers=containers, supervisor=supervisor)
+
+
+async def release(container: Container, *, containers: Containers, supervisor: Supervisor) -> None:
+    """Let the runtime core forget an ended container: processes it left behind are killed, its cgroup goes."""
+    if container.facts.released_at:
+        return
+    await supervisor.delete_container(container.id)
+    if not container.facts.released_at:
+        container.facts.released_at = now()
+        containers.save_soon(container)

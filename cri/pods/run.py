@@ -1,0 +1,151 @@
+"""RunPodSandbox: directory and files, namespaces, network, record. The intent is on disk before anything outlives us."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+from collections.abc import Awaitable, Callable, Collection
+from functools import partial
+from pathlib import Path
+
+from cri.errors import AlreadyExists, InvalidArgument
+from cri.network.base import Network
+from cri.pods.model import Pod, Pods, now, pod_name
+from cri.spec import files, sandbox
+from cri.spec.inputs import HostFacts
+from cri.state import records
+from cri.state.operations import Operation
+from cri.state.records import PodFacts
+from cri.supervisor import Supervisor
+from cri.undo import Undo
+from protos.runtime.v1 import api_pb2 as v1
+from shim.oci import bundle
+
+INTENT = "intent.json"
+
+
+async def run(
+    request: v1.RunPodSandboxRequest,
+    *,
+    pods: Pods,
+    supervisor: Supervisor,
+    network: Network,
+    host: HostFacts,
+    handlers: Collection[str],
+    timeout: float | None = None,
+) -> str:
+    """The id of a ready sandbox with this configuration; a retry gets the id of the first call, in flight or done."""
+    name = pod_name(request.config.metadata)
+    if request.runtime_handler not in handlers:
+        raise InvalidArgument(f"no handler {request.runtime_handler!r} is configured", field="runtime_handler")
+    _check_log_directory(request.config.log_directory)
+    existing = pods.store.named(name)
+    if existing is not None:
+        if existing.ready and existing.config == request.config and existing.facts.runtime_handler == request.runtime_handler:
+            return existing.id
+        kind = "ready with another configuration" if existing.ready else "not ready"
+        raise AlreadyExists(f"sandbox name {name!r} belongs to {existing.id}, which is {kind}", hint="remove that sandbox first")
+
+    async def work(operation: Operation) -> str:
+        return await _make(operation, request, pods=pods, supervisor=supervisor, network=network, host=host)
+
+    return await pods.operations.run(name, new_id, request, work, timeout=timeout)
+
+
+async def _make(
+    operation: Operation, request: v1.RunPodSandboxRequest, *, pods: Pods, supervisor: Supervisor, network: Network, host: HostFacts
+) -> str:
+    layout, pod_id = pods.layout, operation.id
+    config = v1.PodSandboxConfig()
+    config.CopyFrom(request.config)
+    facts = PodFacts(id=pod_id, boot_id=pods.boot_id, runtime_handler=request.runtime_handler)
+    pod = Pod(facts, config, records.config_json(config))
+    if not pod.host_network:
+        facts.netns_path = str(layout.netns(pod_id))
+    async with Undo(f"run sandbox {config.metadata.namespace}/{config.metadata.name}") as undo:
+        operation.enter("state directory")
+        directory = layout.pod(pod_id)
+        undo.push("remove state directory", partial(remove_directory, directory))
+        write_directory(directory, pod, host)
+
+        operation.enter("namespaces")
+        undo.push("delete namespaces", partial(supervisor.delete_pod, pod_id))
+        handles = await supervisor.create_pod(pod_id, directory)
+        facts.pid = handles.pid
+        if pod.host_network:
+            if handles.netlink is not None:
+                os.close(handles.netlink)
+        else:
+            operation.enter("network")
+            undo.push("tear down network", partial(network.teardown, pod.network(partial(supervisor.pod_netlink, pod_id))))
+            result = await network.setup(pod.network(_netlink(supervisor, pod_id, handles.netlink)))
+            # An empty address would make the kubelet throw the sandbox away: so they are in the record before it hears of the pod.
+            facts.ips, facts.network = list(result.ips), dict(result.raw)
+
+        operation.enter("record")
+        undo.push("remove record", partial(pods.records.remove, pod_id))
+        facts.created_at = now()
+        facts.stages = operation.took
+        pods.commit(pod)
+    return pod_id
+
+
+def write_directory(directory: Path, pod: Pod, host: HostFacts) -> None:
+    """The pod's state directory: what its namespaces need, what its containers mount, and the intent for a recovery."""
+    os.mkdir(directory, 0o700)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        records.write_file(fd, INTENT, records.encode(pod.facts, pod.config_json))
+        for name, data in files.render(pod.config, host).items():
+            _write(fd, name, data)
+    finally:
+        os.close(fd)
+    bundle.write_sandbox(directory, sandbox.build(pod.id, pod.config, netns_path=pod.facts.netns_path, host=host))
+
+
+def _write(dirfd: int, name: str, data: bytes) -> None:
+    # 0644: it becomes a file in containers whose user is not root.
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=dirfd)
+    try:
+        os.fchmod(fd, 0o644)
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+def _netlink(supervisor: Supervisor, pod_id: str, first: int | None) -> Callable[[], Awaitable[int]]:
+    """Gives the socket that came with the namespaces to whoever asks first, and fetches another for whoever asks again."""
+    spare = [first] if first is not None else []
+
+    async def give() -> int:
+        return spare.pop() if spare else await supervisor.pod_netlink(pod_id)
+
+    return give
+
+
+def _check_log_directory(path: str) -> None:
+    if not path:
+        return
+    if not path.startswith("/") or ".." in path.split("/") or "\0" in path:
+        raise InvalidArgument("must be absolute and free of '..'", field="config.log_directory")
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a small directory of ours with all that is in it; its absence is fine."""
+    try:
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        return
+
+
+async def remove_tree(directory: Path) -> None:
+    """Remove a directory whose size others decided (an image VOLUME): in a thread."""
+    if directory.exists():
+        await asyncio.to_thread(remove_directory, directory)
+
+
+def new_id() -> str:
+    """64 hexadecimal digits, as Docker's and containerd's ids are."""
+    return secrets.token_hex(32)
