@@ -57,6 +57,8 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Log(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
+    #: False: List*, *Status and statistics that succeed are not logged (a kubelet asks some 50 times a second on a full node).
+    polls: bool = True
 
 
 class Cgroup(Section, frozen=True):
@@ -263,6 +265,10 @@ def _typed(source: str, kind: Any, text: str) -> Any:
     """Text of a flag or variable as the TOML value it stands for: lists are separated by commas."""
     if kind == tuple[str, ...]:
         return [part for part in text.split(",") if part]
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ConfigError(f"{source}: expected true or false, got {text!r}")
+        return text == "true"
     if kind is int:
         if not text.lstrip("-").isdigit():
             raise ConfigError(f"{source}: expected a whole number, got {text!r}")
