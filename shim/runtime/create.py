@@ -14,8 +14,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from shim import cgroups, seccomp
+from shim import seccomp
+from shim.cgroups import manager as cgroups
 from shim.cgroups import oom
+from shim.cgroups.group import Group
 from shim.errors import Failure
 from shim.linux import libc, mount, path
 from shim.oci import bundle as bundles
@@ -64,7 +66,7 @@ class Stage1:
     spec: Spec
     recipe: Recipe
     proc: int | None
-    group: cgroups.Group = field(init=False)
+    group: Group = field(init=False)
     oom_fds: list[int] = field(init=False)
 
     def run(self) -> None:
@@ -96,9 +98,9 @@ class Stage1:
         if not (wants_shm or wants_proc):
             return None
         libc.setns(self.job.pod.mount, libc.CLONE_NEWNS)
-        shm = mount.open_tree(libc.AT_FDCWD, "/shm", mount.OPEN_TREE_CLONE) if wants_shm else None
+        shm = mount.open_tree(mount.AT_FDCWD, "/shm") if wants_shm else None
         if wants_proc:
-            self.proc = mount.open_tree(libc.AT_FDCWD, "/proc", mount.OPEN_TREE_CLONE)
+            self.proc = mount.open_tree(mount.AT_FDCWD, "/proc")
         libc.setns(self.job.context.host_mntns, libc.CLONE_NEWNS)
         return shm
 

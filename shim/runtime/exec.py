@@ -10,7 +10,9 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from shim import cgroups, seccomp
+from shim import seccomp
+from shim.cgroups import manager as cgroups
+from shim.cgroups.group import Group
 from shim.errors import Failure
 from shim.linux import libc
 from shim.oci import codec
@@ -32,7 +34,7 @@ class Exec:
     execve succeeded, an ``error`` that it failed; the pid is in the slot."""
 
     context: Context
-    group: cgroups.Group
+    group: Group
     init: int  # pidfd of the container's first process
     bundle: int  # directory fd
     payload: int  # sealed memfd with an OCI process

@@ -154,7 +154,7 @@ def create_container(spec: Spec, rootfd: int, host_mntns: int, container_id: str
     hooks = of_stage(spec, "createContainer")
     if not hooks:
         return
-    tree = mount.open_tree(rootfd, "", mount.OPEN_TREE_CLONE | mount.AT_EMPTY_PATH | mount.AT_RECURSIVE)
+    tree = mount.clone_mount(rootfd, recursive=True)
     payload = state(spec, container_id, "creating", 0, bundle_path)
     read, write = os.pipe()
     pid, pidfd = libc.clone3(0, pidfd=True)
@@ -163,7 +163,7 @@ def create_container(spec: Spec, rootfd: int, host_mntns: int, container_id: str
         try:
             libc.setns(host_mntns, libc.CLONE_NEWNS)
             libc.unshare(libc.CLONE_NEWNS)
-            mount.make_private("/")
+            mount.mount("none", "/", flags=mount.MS_REC | mount.MS_PRIVATE)
             target = f"{bundle_path}/rootfs"
             os.makedirs(target, 0o700, exist_ok=True)
             fd = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -121,7 +121,7 @@ _TIOCSPTLCK, struct.pack("i", 0))
 def bind_console(rootfd: int, console: Console) -> None:
     """Make /dev/console the pty's slave, as runc does."""
     try:
-        tree = mount.open_tree(console.slave, "", mount.OPEN_TREE_CLONE | mount.AT_EMPTY_PATH)
+        tree = mount.clone_mount(console.slave)
         target = path.create_file_in_root(rootfd, "dev/console", 0o666)
         mount.move_mount(tree, target)
         os.close(tree)

@@ -9,7 +9,8 @@ import socket
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from shim import cgroups
+from shim.cgroups import manager as cgroups
+from shim.cgroups.group import Group
 from shim.cgroups.layout import Layout
 from shim.errors import Failure
 from shim.linux import libc
@@ -26,7 +27,7 @@ _ROUNDS = 16  # of looking for processes that were forked while the others were 
 class RemoveCgroup:
     """Remove a group and what the container made below it; a group that is gone is fine."""
 
-    group: cgroups.Group
+    group: Group
     keep: Collection[int] = ()
 
     def __call__(self, channel: Channel) -> None:
@@ -39,7 +40,7 @@ class Update:
     """Apply new resource limits; ``payload`` is a sealed memfd with OCI resources."""
 
     layout: Layout
-    group: cgroups.Group
+    group: Group
     payload: int
 
     @property
@@ -55,7 +56,7 @@ class Update:
 class KillAll:
     """SIGKILL to every process of the group, also frozen or freshly forked ones."""
 
-    group: cgroups.Group
+    group: Group
     keep: Collection[int] = ()
 
     def __call__(self, channel: Channel) -> None:
@@ -69,7 +70,7 @@ class KillTree:
     its session. The leader is stopped first, because its orphans would be adopted by the container's init and lost to the search.
     """
 
-    group: cgroups.Group
+    group: Group
     pidfd: int
     pid: int
     signal: int

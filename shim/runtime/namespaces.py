@@ -93,6 +93,11 @@ def set_names(spec: Spec) -> None:
         libc.setdomainname(spec.domainname)
 
 
+def new_proc() -> int:
+    """A detached procfs of this process's own PID namespace."""
+    return mount.new_filesystem("proc", (), mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC)
+
+
 def proc_of(target: int) -> int:
     """A detached procfs of the PID namespace behind ``target`` (a pidfd or namespace fd).
 
@@ -106,7 +111,7 @@ def proc_of(target: int) -> int:
     if pid == 0:
         code = 1
         try:
-            fd = mount.new_proc()
+            fd = new_proc()
             theirs.sendmsg([b"p"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
             code = 0
         except OSError as error:

@@ -12,13 +12,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NoReturn
 
-from shim import cgroups
+from shim.cgroups import manager as cgroups
 from shim.errors import Failure
 from shim.linux import caps, libc, mount, process
 from shim.oci import bundle as bundles
 from shim.oci.sandbox import Sandbox
 from shim.oci.spec import NamespaceType
-from shim.runtime import pid1, sysctl
+from shim.runtime import namespaces, pid1, sysctl
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 
@@ -67,11 +67,9 @@ class Pod:
         libc.setns(self.context.lean_mntns, libc.CLONE_NEWNS)
         libc.unshare(libc.CLONE_NEWNS)
         if sandbox.shm_size:
-            options = {"source": "shm", "size": str(sandbox.shm_size), "mode": "1777"}
             attributes = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
-            shm = mount.new_filesystem("tmpfs", options, attributes)
-            mount.attach(shm, "/shm")
-            os.close(shm)
+            options = (("source", "shm"), ("size", str(sandbox.shm_size)), ("mode", "1777"))
+            _attach(mount.new_filesystem("tmpfs", options, attributes), "/shm")
         return self._own("mnt")
 
     def _own(self, name: str) -> int:
@@ -97,6 +95,23 @@ class Pod:
         return pid, group.to_json() if group else None
 
 
+def _attach(mounted: int, target: str) -> None:
+    """Attach a detached mount in the mount namespace that this process is in, and close its fd."""
+    directory = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    mount.move_mount(mounted, directory)
+    os.close(directory)
+    os.close(mounted)
+
+
+def _enter_empty_root() -> None:
+    """Replace the root by an empty read-only tmpfs; the old one, of this mount namespace only, is detached."""
+    _attach(mount.new_filesystem("tmpfs", (("size", "0"), ("mode", "555")), mount.MOUNT_ATTR_RDONLY), "/shm")
+    os.chdir("/shm")
+    libc.pivot_root(".", ".")
+    mount.umount2(".", mount.MNT_DETACH)
+    os.chdir("/")
+
+
 def _bring_up_network(sandbox: Sandbox) -> int:
     """Loopback up, the namespace pinned; returns a netlink socket inside it (the daemon itself never joins a namespace)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -115,7 +130,7 @@ def pin(namespace: str, target: str) -> None:
     except FileExistsError:
         unpin(target)
         os.close(os.open(target, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o444))
-    mount.bind(namespace, target)
+    mount.mount(namespace, target, flags=mount.MS_BIND)
 
 
 def unpin(target: str) -> None:
@@ -134,10 +149,9 @@ def unpin(target: str) -> None:
 def _become_pid1(image: int, told: int) -> NoReturn:
     """PID 1: procfs for the pod, then no capabilities, no fds, an empty read-only root, nothing of ours in memory."""
     try:
-        proc = mount.new_proc()
-        mount.attach(proc, "/proc")
+        _attach(namespaces.new_proc(), "/proc")
         libc.unshare(libc.CLONE_NEWNS)
-        mount.empty_root()
+        _enter_empty_root()
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         process.close_all_except({image, told})
