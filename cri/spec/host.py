@@ -1,0 +1,121 @@
+"""The host's facts, looked up. The only module here that touches the machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+
+from cri.spec.inputs import HostFacts
+from shim.linux import caps
+from shim.oci import spec as oci
+
+_FILE_LIMIT = 1 << 20  # of profiles, hosts and resolv.conf
+# File systems of their own that every container gets fresh, and links into /proc.
+_SKIP = frozenset({"pts", "shm", "mqueue", "fd", ".lxc", ".lxd-mounts", ".udev"})
+
+
+def detect(*, cgroup_version: int, cgroup_driver: str, controllers: frozenset[str], swap: bool) -> HostFacts:
+    """Facts that stay for the life of the daemon, and functions for those that do not."""
+    machine = os.uname()
+    major, minor = (int(part) for part in machine.release.split("-")[0].split(".")[:2])
+    return HostFacts(
+        cgroup_version=cgroup_version,
+        cgroup_driver=cgroup_driver,
+        hostname=socket.gethostname(),
+        arch=machine.machine,
+        kernel=(major, minor),
+        capabilities=caps.NAMES[: caps.last_cap() + 1],
+        swap=swap,
+        hugetlb="hugetlb" in controllers,
+        seccomp=os.path.exists("/proc/sys/kernel/seccomp/actions_avail"),
+        apparmor=_first_byte("/sys/module/apparmor/parameters/enabled") == b"Y",
+        selinux=os.path.exists("/sys/fs/selinux/enforce"),
+        recursive_read_only=True,  # mount_setattr: 5.12, below the floor
+        read=read_file,
+        devices=devices,
+        propagation=propagation,
+    )
+
+
+def read_file(path: str) -> bytes:
+    """A regular file of at most 1 MiB; a FIFO or device at the path must not hang or flood the daemon."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _FILE_LIMIT:
+            raise OSError(22, f"not a regular file of at most {_FILE_LIMIT} bytes", path)
+        parts = []
+        while part := os.read(fd, _FILE_LIMIT):
+            parts.append(part)
+            if sum(map(len, parts)) > _FILE_LIMIT:
+                raise OSError(27, f"more than {_FILE_LIMIT} bytes", path)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def devices(path: str) -> tuple[oci.Device, ...]:
+    """The device ``path`` leads to, under the name it was asked by; for a directory all devices below it."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        return tuple(_below(path))
+    return tuple(_device(path, status))
+
+
+def _below(directory: str) -> Iterator[oci.Device]:
+    with os.scandir(directory) as entries:
+        for entry in sorted(entries, key=lambda e: e.name):
+            if entry.name in _SKIP or entry.is_symlink():
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _below(entry.path)
+            else:
+                yield from _device(entry.path, entry.stat(follow_symlinks=False))
+
+
+def _device(path: str, status: os.stat_result) -> Iterator[oci.Device]:
+    kind = "c" if stat.S_ISCHR(status.st_mode) else "b" if stat.S_ISBLK(status.st_mode) else ""
+    if kind:
+        number = status.st_rdev
+        yield oci.Device(path, kind, os.major(number), os.minor(number), stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid)
+
+
+def propagation(path: str) -> str:
+    """How the mount that ``path`` is on takes part in propagation: "shared", "slave" (perhaps both: shared) or "private"."""
+    real = os.path.realpath(path)
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        return propagation_in(file.read(), real)
+
+
+def propagation_in(mountinfo: str, path: str) -> str:
+    """The same from a /proc/<pid>/mountinfo text; of two mounts on one directory the later is the one that is seen."""
+    best, found = -1, "private"
+    for line in mountinfo.splitlines():
+        parts = line.split(" ")
+        point = _unescape(parts[4])
+        if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= best:
+            optional = parts[6 : parts.index("-", 6)]
+            best = len(point)
+            found = next(
+                (kind for tag, kind in (("shared:", "shared"), ("master:", "slave")) if any(o.startswith(tag) for o in optional)), "private"
+            )
+    return found
+
+
+def _unescape(text: str) -> str:
+    """mountinfo writes white space and backslashes as three octal digits."""
+    if "\\" not in text:
+        return text
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, char)
+    return text
+
+
+def _first_byte(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(1)
+    except FileNotFoundError:
+        return b""

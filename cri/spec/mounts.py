@@ -1,0 +1,181 @@
+"""A container's mounts: the defaults, the pod's files, the image's volumes, the request's mounts, in the order they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from cri.errors import InvalidArgument, RROUnsupported, Unimplemented
+from cri.spec import strings
+from cri.spec.inputs import ContainerInputs, HostFacts
+from protos.runtime.v1 import api_pb2 as v1
+from shim.oci import spec as oci
+
+DEFAULTS = (
+    oci.Mount("/proc", "proc", "proc", ("nosuid", "noexec", "nodev")),
+    oci.Mount("/dev", "tmpfs", "tmpfs", ("nosuid", "strictatime", "mode=755", "size=65536k")),
+    oci.Mount("/dev/pts", "devpts", "devpts", ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5")),
+    oci.Mount("/dev/mqueue", "mqueue", "mqueue", ("nosuid", "noexec", "nodev")),
+    oci.Mount("/sys", "sysfs", "sysfs", ("nosuid", "noexec", "nodev", "ro")),
+    oci.Mount("/sys/fs/cgroup", "cgroup", "cgroup", ("nosuid", "noexec", "nodev", "relatime", "ro")),
+)
+SHM = "pod:shm"  # arrives by fd
+
+_PROPAGATION = {
+    v1.PROPAGATION_PRIVATE: "rprivate",
+    v1.PROPAGATION_HOST_TO_CONTAINER: "rslave",
+    v1.PROPAGATION_BIDIRECTIONAL: "rshared",
+}
+# mount_options of a request: what restricts, and the access time modes. Nothing that undoes a field of its own (readonly,
+# propagation, the mappings) and nothing that gives more than a plain bind (suid, dev, exec are its defaults).
+_OPTIONS = frozenset({"noexec", "nosuid", "nodev", "noatime", "nodiratime", "relatime", "strictatime", "nosymfollow"})
+# An image's VOLUME there would replace what the runtime itself writes to or vouches for (CVE-2019-16884, CVE-2023-27561).
+_OURS = ("/proc", "/sys", "/dev")
+
+
+@dataclass(frozen=True, slots=True)
+class Mounts:
+    mounts: tuple[oci.Mount, ...]
+    rootfs_propagation: str  # what the request's propagation modes need of the root
+
+
+def build(inputs: ContainerInputs) -> Mounts:
+    """All mounts, shallow ones first among equals of a kind, so that a deep one is never hidden by one that contains it."""
+    context = inputs.config.linux.security_context
+    requested = [_requested(m, f"config.mounts[{i}]", inputs) for i, m in enumerate(inputs.config.mounts)]
+    taken = {m.destination for m in requested}
+    extra: dict[str, oci.Mount] = {}
+    # Later sources give way to earlier ones: the pod's files, then its shared memory, then the image's volumes.
+    for mount in (*_files(inputs), *_shm(inputs), *_volumes(inputs.volumes)):
+        if mount.destination not in taken:
+            extra.setdefault(mount.destination, mount)
+    merged = sorted((*requested, *extra.values()), key=lambda m: _depth(m.destination))
+    taken |= extra.keys()
+    defaults = [m for m in DEFAULTS if m.destination not in taken and not ("/dev" in taken and m.destination.startswith("/dev/"))]
+    if context.privileged:
+        defaults = [_writable(m) for m in defaults]
+    return Mounts((*defaults, *merged), _root_propagation(inputs.config.mounts))
+
+
+def _writable(mount: oci.Mount) -> oci.Mount:
+    """/sys and the cgroups of a privileged container."""
+    if mount.type not in ("sysfs", "cgroup"):
+        return mount
+    return oci.Mount(mount.destination, mount.type, mount.source, tuple("rw" if o == "ro" else o for o in mount.options))
+
+
+def _depth(destination: str) -> int:
+    return 0 if destination == "/" else destination.count("/")
+
+
+def _files(inputs: ContainerInputs) -> Iterable[oci.Mount]:
+    access = "ro" if inputs.config.linux.security_context.readonly_rootfs else "rw"
+    for destination, source in (
+        ("/etc/hostname", inputs.files.hostname),
+        ("/etc/hosts", inputs.files.hosts),
+        ("/etc/resolv.conf", inputs.files.resolv_conf),
+    ):
+        if source:
+            yield oci.Mount(destination, "bind", source, ("rbind", "rprivate", access))
+
+
+def _shm(inputs: ContainerInputs) -> Iterable[oci.Mount]:
+    shared = inputs.pod.linux.security_context.namespace_options.ipc != v1.NODE
+    yield oci.Mount("/dev/shm", "bind", SHM if shared else "/dev/shm", ("rbind", "rprivate", "rw"))
+
+
+def _volumes(volumes: Mapping[str, str]) -> Iterable[oci.Mount]:
+    for name, directory in volumes.items():
+        destination = volume_path(name)
+        yield oci.Mount(destination, "bind", directory, ("rbind", "rprivate", "rw", "copyup"))
+
+
+def volume_path(name: str) -> str:
+    """Where an image's VOLUME is mounted; InvalidArgument for a place that is not the image's to give."""
+    destination = strings.clean(strings.line(name, "image config.Volumes"))
+    if destination == "/" or any(destination == ours or destination.startswith(f"{ours}/") for ours in _OURS):
+        raise InvalidArgument(f"a volume at {destination!r:.200} is refused", field="image config.Volumes")
+    return destination
+
+
+def _requested(mount: v1.Mount, field: str, inputs: ContainerInputs) -> oci.Mount:
+    destination = strings.absolute(mount.container_path, f"{field}.container_path")
+    if destination == "/":
+        raise InvalidArgument("is the root", field=f"{field}.container_path")
+    options = ["rbind", _propagation(mount, field)]
+    if mount.HasField("image") and mount.image.image:
+        if mount.host_path:
+            raise InvalidArgument("set together with image", field=f"{field}.host_path")
+        source = inputs.image_mounts.get(mount.container_path, "")
+        if not source:
+            raise Unimplemented(f"{field}.image: image volumes are not built yet")
+        options.append("ro")
+    else:
+        if mount.image_sub_path:
+            raise InvalidArgument("set without image", field=f"{field}.image_sub_path")
+        source = strings.absolute(mount.host_path, f"{field}.host_path")
+        _check_source(mount, source, field, inputs.host)
+        options.append(_access(mount, field, inputs.host))
+    options += _extra_options(mount.mount_options, f"{field}.mount_options")
+    return oci.Mount(
+        destination,
+        "bind",
+        source,
+        tuple(options),
+        uid_mappings=_mappings(mount.uidMappings, f"{field}.uidMappings"),
+        gid_mappings=_mappings(mount.gidMappings, f"{field}.gidMappings"),
+    )
+
+
+def _propagation(mount: v1.Mount, field: str) -> str:
+    mode = _PROPAGATION.get(mount.propagation)
+    if mode is None:
+        raise InvalidArgument(f"{mount.propagation} is unknown", field=f"{field}.propagation")
+    return mode
+
+
+def _check_source(mount: v1.Mount, source: str, field: str, host: HostFacts) -> None:
+    """Mounts can travel only through a mount that takes part in propagation; silence would leave the two sides apart."""
+    if mount.propagation == v1.PROPAGATION_PRIVATE:
+        return
+    wanted = ("shared",) if mount.propagation == v1.PROPAGATION_BIDIRECTIONAL else ("shared", "slave")
+    found = host.propagation(source)
+    if found not in wanted:
+        raise InvalidArgument(
+            f"{source!r:.200} is on a mount that is {found}, not {' or '.join(wanted)}",
+            field=f"{field}.propagation",
+            hint="mount --make-rshared the file system on the host",
+        )
+
+
+def _access(mount: v1.Mount, field: str, host: HostFacts) -> str:
+    if not mount.recursive_read_only:
+        return "ro" if mount.readonly else "rw"
+    if not mount.readonly:
+        raise InvalidArgument("set on a mount that is not read-only", field=f"{field}.recursive_read_only")
+    if mount.propagation != v1.PROPAGATION_PRIVATE:
+        raise InvalidArgument("needs private propagation", field=f"{field}.recursive_read_only")
+    if not host.recursive_read_only:
+        raise RROUnsupported(f"{field}.recursive_read_only: this kernel cannot (host path {mount.host_path!r:.200})")
+    return "rro"
+
+
+def _extra_options(options: Iterable[str], field: str) -> list[str]:
+    wanted = list(options)
+    for i, option in enumerate(wanted):
+        if option not in _OPTIONS:
+            raise InvalidArgument(f"{option!r:.40} is not one of {', '.join(sorted(_OPTIONS))}", field=f"{field}[{i}]")
+    return wanted
+
+
+def _mappings(mappings: Iterable[v1.IDMapping], field: str) -> tuple[oci.IDMapping, ...]:
+    if any(True for _ in mappings):
+        raise Unimplemented(f"{field}: idmapped mounts come with user namespaces, which are not built yet")
+    return ()
+
+
+def _root_propagation(mounts: Iterable[v1.Mount]) -> str:
+    modes = {m.propagation for m in mounts}
+    if v1.PROPAGATION_BIDIRECTIONAL in modes:
+        return "rshared"
+    return "rslave" if v1.PROPAGATION_HOST_TO_CONTAINER in modes else ""

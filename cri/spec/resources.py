@@ -1,0 +1,105 @@
+"""LinuxContainerResources to OCI resources, and the merge that UpdateContainerResources means."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from cri.errors import InvalidArgument
+from cri.spec import strings
+from cri.spec.inputs import HostFacts
+from protos.runtime.v1 import api_pb2 as v1
+from shim.oci import spec as oci
+
+_CPU_LIST = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*")
+_PAGE_SIZE = re.compile(r"[1-9][0-9]{0,5}(KB|MB|GB)")
+_UNIFIED = re.compile(r"[a-z0-9_]+(\.[A-Za-z0-9_]+)+")
+_NUMBERS = ("cpu_period", "cpu_quota", "cpu_shares", "memory_limit_in_bytes", "memory_swap_limit_in_bytes")
+
+
+def build(
+    wanted: v1.LinuxContainerResources,
+    host: HostFacts,
+    *,
+    devices: tuple[oci.DeviceCgroup, ...] = (),
+    field: str = "config.linux.resources",
+) -> oci.Resources:
+    """The limits of a request. Zero and empty mean "not set", as everywhere in CRI; -1 is "no limit" for quota, memory and swap."""
+    check(wanted, field)
+    limit, swap = wanted.memory_limit_in_bytes, wanted.memory_swap_limit_in_bytes
+    if limit and not swap:
+        swap = limit  # memory + swap: a container does not swap unless the request says so
+    memory = oci.Memory(limit=limit or None, swap=(swap or None) if host.swap else None)
+    cpu = oci.CPU(
+        shares=wanted.cpu_shares or None,
+        quota=wanted.cpu_quota or None,
+        period=wanted.cpu_period or None,
+        cpus=wanted.cpuset_cpus,
+        mems=wanted.cpuset_mems,
+    )
+    pages = {h.page_size: h.limit for h in wanted.hugepage_limits} if host.hugetlb else {}
+    return oci.Resources(
+        devices=devices,
+        memory=memory if memory != oci.Memory() else None,
+        cpu=cpu if cpu != oci.CPU() else None,
+        hugepage_limits=tuple(oci.HugepageLimit(size, number) for size, number in pages.items()),
+        unified=dict(wanted.unified),
+    )
+
+
+def merge(stored: v1.LinuxContainerResources, update: v1.LinuxContainerResources) -> v1.LinuxContainerResources:
+    """The request that stands after an update: what ``update`` leaves unset keeps the stored value. Both stay as they are.
+
+    A stored swap limit below the new memory limit would be refused by the kernel, so it follows, unless the update sets it.
+    """
+    check(update, "linux")
+    merged = v1.LinuxContainerResources()
+    merged.CopyFrom(stored)
+    for name in (*_NUMBERS, "cpuset_cpus", "cpuset_mems", "oom_score_adj"):
+        value = getattr(update, name)
+        if value:
+            setattr(merged, name, value)
+    limit, swap = merged.memory_limit_in_bytes, merged.memory_swap_limit_in_bytes
+    if not update.memory_swap_limit_in_bytes and 0 < swap < limit:
+        merged.memory_swap_limit_in_bytes = limit
+    pages = {h.page_size: h.limit for h in (*stored.hugepage_limits, *update.hugepage_limits)}
+    del merged.hugepage_limits[:]
+    merged.hugepage_limits.extend(v1.HugepageLimit(page_size=size, limit=number) for size, number in pages.items())
+    merged.unified.update(update.unified)
+    return merged
+
+
+def updated(stored: oci.Resources | None, wanted: oci.Resources) -> oci.Resources:
+    """``wanted`` in the place of a container's resources; device rules are no part of an update."""
+    return replace(wanted, devices=stored.devices) if stored is not None else wanted
+
+
+def check(wanted: v1.LinuxContainerResources, field: str) -> None:
+    """Refuse what no kernel accepts, before anything is made."""
+    for name in _NUMBERS:
+        least = 0 if name in ("cpu_period", "cpu_shares") else -1
+        if getattr(wanted, name) < least:
+            raise InvalidArgument(f"{getattr(wanted, name)} is below {least}", field=f"{field}.{name}")
+    limit, swap = wanted.memory_limit_in_bytes, wanted.memory_swap_limit_in_bytes
+    if limit > 0 and 0 < swap < limit:
+        raise InvalidArgument(f"{swap} is below the memory limit {limit}", field=f"{field}.memory_swap_limit_in_bytes")
+    oom_score_adj(wanted, field)
+    for name in ("cpuset_cpus", "cpuset_mems"):
+        value = getattr(wanted, name)
+        if value and not _CPU_LIST.fullmatch(value):
+            raise InvalidArgument(f"{value!r:.80} is not a list of numbers and ranges", field=f"{field}.{name}")
+    for i, page in enumerate(wanted.hugepage_limits):
+        if not _PAGE_SIZE.fullmatch(page.page_size):
+            raise InvalidArgument(f"{page.page_size!r:.40} is not a page size", field=f"{field}.hugepage_limits[{i}].page_size")
+    for key, value in wanted.unified.items():
+        # A key is the name of a file in the container's cgroup: with a slash it would be another cgroup's.
+        if not _UNIFIED.fullmatch(key):
+            raise InvalidArgument(f"{key!r:.80} is not the name of a cgroup file", field=f"{field}.unified")
+        strings.text(value, f"{field}.unified[{key}]")
+
+
+def oom_score_adj(wanted: v1.LinuxContainerResources, field: str = "config.linux.resources") -> int:
+    """The badness adjustment of the container's processes."""
+    if not -1000 <= wanted.oom_score_adj <= 1000:
+        raise InvalidArgument(f"{wanted.oom_score_adj} is outside -1000..1000", field=f"{field}.oom_score_adj")
+    return wanted.oom_score_adj
