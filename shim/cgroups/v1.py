@@ -50,9 +50,7 @@ def _make(directory: str, made: list[str]) -> None:
         try:
             os.rmdir(directory)
         except OSError as error:
-            raise Failure(
-                "create cgroup", "mkdir", errno=errno.EEXIST, path=directory, message="the group exists and is in use"
-            ) from error
+            raise Failure("create cgroup", "mkdir", errno=errno.EEXIST, path=directory, message="the group exists and is in use") from error
         os.mkdir(directory, 0o755)
     except OSError as error:
         raise Failure.wrap("create cgroup", "mkdir", error, directory) from error
