@@ -135,6 +135,10 @@ class ConfigError(Exception):
     """The configuration cannot be used; one line that names the file, flag or variable and the key. Never crosses gRPC."""
 
 
+class StartError(Exception):
+    """The daemon cannot run here; one line that says why and, if it can, what to do. Never crosses gRPC."""
+
+
 def status_of(error: BaseException) -> tuple[str, str]:
     """Code name and text for an exception that reached the gRPC edge.
 
