@@ -1,0 +1,303 @@
+"""PURE: what has to be mounted and made for a container's root, as an ordered list of frozen operations.
+
+Nothing here looks at the machine. ``ops`` executes the list: host paths become detached mounts first, everything is attached later.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TypeAlias
+
+from shim.errors import Failure
+from shim.linux import mount as m
+from shim.oci.bundle import Recipe
+from shim.oci.spec import Device, IDMapping, Linux, Mount, NamespaceType, Spec
+from shim.rootfs import devices
+from shim.rootfs.devices import Node
+from shim.rootfs.options import PROPAGATION, Options, parse
+
+SHM = "pod:shm"  # source of the pod's shared /dev/shm, which arrives as an fd
+Mappings: TypeAlias = "tuple[tuple[IDMapping, ...], tuple[IDMapping, ...]]"  # (uids, gids)
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """The root itself. ``propagation`` is MS_… of the root mount only: each mount below has what its own options say."""
+
+    mappings: Mappings | None = None
+    readonly: bool = False
+    propagation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Filesystem:
+    """A new file system, made in the container's namespaces. ``tree`` is built in it before anyone can see it."""
+
+    destination: str
+    fstype: str
+    options: Mapping[str, str | None] = field(default_factory=dict)
+    attributes: int = 0
+    tree: tuple[Node, ...] = ()
+    copyup: bool = False
+    propagation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """A file or directory of the host."""
+
+    destination: str
+    source: str
+    recursive: bool = True
+    set: int = 0  # attributes of the top mount
+    clear: int = 0
+    recursive_set: int = 0  # of every mount in the tree
+    recursive_clear: int = 0
+    propagation: int = m.MS_PRIVATE  # always of the whole tree
+    mappings: Mappings | None = None
+    mappings_recursive: bool = False
+    copyup: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MakeNode:
+    """A device outside /dev."""
+
+    destination: str
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class MakeDirectory:
+    destination: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Paths that must not be readable; those that do not exist are skipped."""
+
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Readonly:
+    """Paths that, with everything mounted below, must not be writable; those that do not exist are skipped."""
+
+    paths: tuple[str, ...]
+
+
+Op: TypeAlias = "Root | Filesystem | Bind | MakeNode | MakeDirectory | Mask | Readonly"
+
+_DEFAULT_DEV = Mount("/dev", "tmpfs", "tmpfs", ("nosuid", "strictatime", "mode=755", "size=65536k"))
+_CGROUP_ROOT = "/sys/fs/cgroup"
+# The files below /proc that may be replaced by a bind mount, as runc allows for lxcfs. Anything else there would let a writer of the
+# runtime's or the user's land in a fake file (CVE-2019-16884).
+_PROC_FILES = frozenset(
+    f"/proc/{name}"
+    for name in ("cpuinfo", "diskstats", "loadavg", "meminfo", "slabinfo", "stat", "swaps", "sys/crypto/fips_enabled", "uptime")
+)
+_ALLOWED_ON = {"/proc": ("proc",), "/sys": ("sysfs", "tmpfs"), "/dev": ("tmpfs", "devtmpfs")}
+
+
+def plan(
+    spec: Spec,
+    recipe: Recipe,
+    *,
+    cgroup_version: int,
+    cgroup_paths: Mapping[str, str] = MappingProxyType({}),
+    mknod: bool = True,
+) -> tuple[Op, ...]:
+    """The operations, in order. ``cgroup_paths``: the container's directories by controller (version 1). Without ``mknod``, or with a
+    user namespace, device nodes are bound from the host. Raises Failure naming the mount that cannot be."""
+    if recipe.type not in ("overlay", "bind"):
+        raise Failure("plan root", message=f"unknown recipe type {recipe.type!r}")
+    linux = spec.linux
+    userns = spec.namespace(NamespaceType.USER) is not None
+    builder = _Builder(spec, userns, mknod and not userns, cgroup_version, cgroup_paths)
+    mappings = (linux.uid_mappings, linux.gid_mappings) if userns and linux.uid_mappings else None
+    propagation = PROPAGATION.get(linux.rootfs_propagation or "private")
+    if propagation is None:
+        raise Failure("plan root", message=f"unknown rootfsPropagation {linux.rootfs_propagation!r}")
+    builder.ops.append(Root(mappings, spec.root.readonly, propagation[0] if linux.rootfs_propagation else 0))
+    for mount in builder.mounts:
+        builder.add(mount)
+    if builder.own_dev:
+        builder.other_devices()
+    if linux.masked_paths:
+        builder.ops.append(Mask(tuple(normal(path, "maskedPaths") for path in linux.masked_paths)))
+    if linux.readonly_paths:
+        builder.ops.append(Readonly(tuple(normal(path, "readonlyPaths") for path in linux.readonly_paths)))
+    cwd = spec.process.cwd or "/"
+    if cwd != "/":
+        builder.ops.append(MakeDirectory(cwd))
+    return tuple(builder.ops)
+
+
+def normal(path: str, what: str) -> str:
+    """Absolute, single slashes, no "." and no "..": a destination is a name, not a walk."""
+    if not path.startswith("/"):
+        raise Failure("plan root", what, path=path, message="is not absolute")
+    if "//" in path or "/." in path or path.endswith("/"):
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        if ".." in parts:
+            raise Failure("plan root", what, path=path, message="has '..' in it")
+        return "/" + "/".join(parts)
+    return path
+
+
+class _Builder:
+    """One plan in the making."""
+
+    def __init__(self, spec: Spec, userns: bool, mknod: bool, cgroup_version: int, cgroup_paths: Mapping[str, str]) -> None:
+        self.spec, self.userns, self.mknod = spec, userns, mknod
+        self.cgroup_version, self.cgroup_paths = cgroup_version, cgroup_paths
+        self.ops: list[Op] = []
+        self.mounts = [(normal(mount.destination, "mount"), mount, parse(mount.options)) for mount in spec.mounts]
+        dev = next((entry for entry in self.mounts if entry[0] == "/dev"), None)
+        if dev is None:  # the image's /dev is never used: it may be a symlink or hold anything (CVE-2026-41579)
+            self.mounts.insert(0, ("/dev", _DEFAULT_DEV, parse(_DEFAULT_DEV.options)))
+        self.own_dev = dev is None or not _is_bind(dev[1], dev[2])
+
+    def add(self, entry: tuple[str, Mount, Options]) -> None:
+        destination, mount, options = entry
+        if destination == "/":
+            raise Failure("plan root", "mount", path=destination, message="nothing may be mounted over the root")
+        if _is_bind(mount, options):
+            self.ops.append(self._bind(destination, mount, options))
+        elif mount.type == "cgroup" or mount.type == "cgroup2":
+            self._cgroup(destination, options)
+        else:
+            self._filesystem(destination, mount, options)
+
+    def _bind(self, destination: str, mount: Mount, options: Options) -> Bind:
+        if options.data:
+            raise Failure("plan root", "mount", path=destination, message=f"a bind mount has no option {next(iter(options.data))!r}")
+        if not mount.source:
+            raise Failure("plan root", "mount", path=destination, message="a bind mount needs a source")
+        if destination.startswith("/proc/") and destination not in _PROC_FILES:
+            raise Failure("plan root", "mount", path=destination, message="this place below /proc may not be mounted over")
+        mappings = (mount.uid_mappings, mount.gid_mappings) if mount.uid_mappings or mount.gid_mappings else None
+        if mappings is None and options.idmap:
+            mappings = (self.spec.linux.uid_mappings, self.spec.linux.gid_mappings)
+        return Bind(
+            destination,
+            mount.source,
+            options.recursive,
+            options.set,
+            options.clear,
+            options.recursive_set,
+            options.recursive_clear,
+            options.propagation or m.MS_PRIVATE,
+            mappings,
+            options.idmap_recursive,
+            options.copyup,
+        )
+
+    def _filesystem(self, destination: str, mount: Mount, options: Options) -> None:
+        kind = mount.type
+        if not kind:
+            raise Failure("plan root", "mount", path=destination, message="neither a type nor a bind option")
+        if destination.startswith("/proc/"):
+            raise Failure("plan root", "mount", path=destination, message="this place below /proc may not be mounted over")
+        if kind not in _ALLOWED_ON.get(destination, (kind,)):
+            raise Failure("plan root", "mount", path=destination, message=f"may not be a {kind}")
+        if self.userns and (host := self._of_the_host(kind)):
+            self.ops.append(Bind(destination, host, True, recursive_set=m.MOUNT_ATTR_RDONLY | options.set))
+            return
+        data = {"source": mount.source or kind, **options.data}
+        if kind == "devpts" and self.userns and not _maps(self.spec.linux, data.get("gid")):
+            data.pop("gid", None)  # an id without a mapping is EINVAL
+        if self.spec.linux.mount_label and kind in ("tmpfs", "mqueue", "devpts"):
+            data.setdefault("context", self.spec.linux.mount_label)
+        tree: tuple[Node, ...] = ()
+        if destination == "/dev":
+            tree = self._dev_tree()
+        self.ops.append(
+            Filesystem(
+                destination, kind, data, options.set | options.recursive_set, tree, options.copyup and kind == "tmpfs", options.propagation
+            )
+        )
+        if tree and not self.mknod:
+            self._bound_devices()
+
+    def _of_the_host(self, kind: str) -> str:
+        """A file system tied to a namespace that the host's user namespace owns cannot be mounted from the pod's: bind the host's."""
+        namespace = {"sysfs": NamespaceType.NETWORK, "mqueue": NamespaceType.IPC}.get(kind)
+        if namespace is None or self.spec.namespace(namespace) is not None:
+            return ""
+        return "/sys" if kind == "sysfs" else "/dev/mqueue"
+
+    def _own_devices(self) -> Iterable[Device]:
+        return (device for device in self.spec.linux.devices if normal(device.path, "device").startswith("/dev/"))
+
+    def _dev_tree(self) -> tuple[Node, ...]:
+        points = [d for d, mount, options in self.mounts if d.startswith("/dev/") and mount.type != "bind" and not options.bind]
+        if any(mount.source == SHM for _, mount, _ in self.mounts):
+            points.append("/dev/shm")
+        tree = devices.dev_tree(self._own_devices(), points)
+        if self.mknod:
+            return tree
+        return tuple(Node(n.path, stat.S_IFREG, 0o666) if _is_device(n) else n for n in tree)
+
+    def _bound_devices(self) -> None:
+        nodes = devices.dev_tree(self._own_devices(), ())
+        for node in nodes:
+            if _is_device(node):
+                self.ops.append(Bind(f"/dev/{node.path}", f"/dev/{node.path}", False, set=m.MOUNT_ATTR_NOSUID | m.MOUNT_ATTR_NOEXEC))
+
+    def other_devices(self) -> None:
+        """Devices of the specification that are not in /dev."""
+        for device in self.spec.linux.devices:
+            path = normal(device.path, "device")
+            if path.startswith("/dev/"):
+                continue
+            if self.mknod:
+                self.ops.append(MakeNode(path, devices.node(device, path.rpartition("/")[2])))
+            else:
+                self.ops.append(Bind(path, path, False, set=m.MOUNT_ATTR_NOSUID | m.MOUNT_ATTR_NOEXEC))
+
+    def _cgroup(self, destination: str, options: Options) -> None:
+        """The container's own view of its control groups: read-only unless the specification says rw (CVE-2023-25809)."""
+        attributes = options.set if options.clear & m.MOUNT_ATTR_RDONLY else options.set | m.MOUNT_ATTR_RDONLY
+        if self.cgroup_version == 2:
+            self.ops.append(Filesystem(destination, "cgroup2", {"source": "cgroup"}, attributes))
+            return
+        tree, binds = _cgroup1_view(destination, self.cgroup_paths, attributes)
+        data: dict[str, str | None] = {"source": "cgroup", "mode": "755", "size": "64k"}
+        self.ops.append(Filesystem(destination, "tmpfs", data, attributes, tree))
+        self.ops.extend(binds)
+
+
+def _cgroup1_view(destination: str, paths: Mapping[str, str], attributes: int) -> tuple[tuple[Node, ...], list[Bind]]:
+    """A directory per hierarchy, named as the host mounts it, with the container's group on it; a link for every other name."""
+    tree: dict[str, Node] = {}
+    binds: list[Bind] = []
+    links: dict[str, str] = {}
+    for controller, path in paths.items():
+        alias = controller.removeprefix("name=")
+        name = path[len(_CGROUP_ROOT) + 1 :].partition("/")[0] if path.startswith(_CGROUP_ROOT + "/") else alias
+        if name not in tree:
+            tree[name] = Node(name, stat.S_IFDIR)
+            binds.append(Bind(f"{destination}/{name}", path, False, attributes))
+        links[alias] = name
+    for alias, name in links.items():
+        if alias and "/" not in alias and alias not in tree:
+            tree[alias] = Node(alias, stat.S_IFLNK, target=name)
+    return tuple(tree.values()), binds
+
+
+def _is_bind(mount: Mount, options: Options) -> bool:
+    return options.bind or mount.type == "bind" or mount.source == SHM
+
+
+def _is_device(node: Node) -> bool:
+    return node.kind in (stat.S_IFCHR, stat.S_IFBLK)
+
+
+def _maps(linux: Linux, gid: str | None) -> bool:
+    if gid is None or not gid.isdigit():
+        return False
+    return any(r.container_id <= int(gid) < r.container_id + r.size for r in linux.gid_mappings)
