@@ -10,7 +10,7 @@ from shim.linux.process import Inherited
 from shim.runtime.slots import PidSlots
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     layout: Layout
     host_mntns: int  # fd of the host's mount namespace

@@ -19,19 +19,17 @@ from shim.cgroups import manager as cgroups
 from shim.cgroups import oom
 from shim.cgroups.group import Group
 from shim.errors import Failure
-from shim.linux import libc, mount, path
+from shim.linux import libc, mount
 from shim.oci import bundle as bundles
 from shim.oci import codec
 from shim.oci.bundle import Recipe
 from shim.oci.spec import NamespaceType, Spec
 from shim.rootfs import ops as rootfs
 from shim.rootfs import plan as rootfs_plan
-from shim.runtime import hooks, inside, launch, namespaces, sysctl
+from shim.runtime import filters, hooks, inside, launch, namespaces, sysctl
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context, PodHandles
 from shim.runtime.final import Final, start_clean
-
-FILTER_FILE = "seccomp.bpf"  # in the bundle: the compiled filter, for exec sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +70,27 @@ class Stage1:
     def run(self) -> None:
         spec, context = self.spec, self.job.context
         stdio = None if spec.process.terminal else open_stdio(self.job.bundle, self.job.stdin_once)
-        filter_ = compile_filter(spec, context, self.job.bundle)
+        filter_ = filters.store(spec, context.seccomp_cache, self.job.bundle)
         self.group = cgroups.create(context.layout, spec.linux.cgroups_path, spec.linux.resources)
         self.channel.note("cgroup", self.group.to_json())  # so that a failure names what there is to remove
         self.oom_fds = oom.watch(self.group)
         shm = self._pod_mounts()
-        operations = rootfs_plan.plan(spec, self.recipe, cgroup_version=self.group.version)
+        paths = self.group.paths if self.group.version == 1 else {}
+        operations = rootfs_plan.plan(spec, self.recipe, cgroup_version=self.group.version, cgroup_paths=paths)
         prepared = rootfs.prepare(operations, self.recipe, shm_fd=shm)
-        pid_mode = namespaces.join(spec, self.job.pod, self.job.target)
+        pid_mode = namespaces.pid_mode(spec)
+        # Last of what needs host paths, so that little of ours is charged to the container.
+        birthplace = cgroups.open_dir(self.group) if pid_mode is namespaces.PidMode.NEW else None
+        if birthplace is None:
+            cgroups.join(self.group)
+        namespaces.join(spec, self.job.pod, self.job.target)
         namespaces.new_mount_namespace(self.job.pod.mount)
 
         def build() -> tuple[Final, int | None]:
             return self._build(operations, prepared, stdio, filter_, own_pid=pid_mode is namespaces.PidMode.NEW)
 
         if pid_mode is namespaces.PidMode.NEW:
-            self._fork_init(build)
+            self._fork_init(build, birthplace)
         else:
             self._finish_outside(build)
 
@@ -104,14 +108,12 @@ class Stage1:
         libc.setns(self.job.context.host_mntns, libc.CLONE_NEWNS)
         return shm
 
-    def _fork_init(self, build: namespaces.Build) -> None:
-        """Fork PID 1 of a new PID namespace as the supervisor's child; the kernel tells its pid through the slot."""
-        where = cgroups.open_dir(self.group)
-        if where is None:
-            cgroups.join(self.group)
+    def _fork_init(self, build: namespaces.Build, birthplace: int | None) -> None:
+        """Fork PID 1 of a new PID namespace as the supervisor's child, in the cgroup ``birthplace`` or else in that of this process.
+        The kernel tells its pid through the slot."""
         address = self.job.context.slots.address(self.job.slot)
         flags = libc.CLONE_NEWPID | libc.CLONE_PARENT
-        pid, _ = libc.clone3(flags, exit_signal=0, cgroup=where, parent_tid_address=address)
+        pid, _ = libc.clone3(flags, exit_signal=0, cgroup=birthplace, parent_tid_address=address)
         if pid == 0:
             self._init(build)
 
@@ -128,7 +130,6 @@ class Stage1:
             os._exit(code)
 
     def _finish_outside(self, build: namespaces.Build) -> None:
-        cgroups.join(self.group)
         final, master = build()
         self._announce(0, final, master)
         self._await_start(final)
@@ -149,7 +150,7 @@ class Stage1:
             libc.unshare(libc.CLONE_NEWCGROUP)
         self._host_hooks(own_pid)
         rootfd = rootfs.attach_root(prepared)
-        rootfs.attach(operations, prepared, rootfd, group=self.group, proc_fd=self.proc)
+        rootfs.attach(operations, prepared, rootfd, proc_fd=self.proc)
         hooks.create_container(spec, rootfd, self.job.context.host_mntns, self.job.id, self.job.bundle_path)
         namespaces.set_names(spec)
         if spec.linux.sysctl:
@@ -209,13 +210,3 @@ def open_stdio(bundle: int, stdin_once: bool) -> tuple[int, int, int]:
         stdin = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
     return stdin, stdout, stderr
 
-
-def compile_filter(spec: Spec, context: Context, bundle: int) -> seccomp.Filter | None:
-    """The container's filter, compiled or from the cache, and left in the bundle for exec sessions."""
-    profile = spec.linux.seccomp
-    if profile is None:
-        return None
-    capabilities = spec.process.capabilities.bounding if spec.process.capabilities else ()
-    filter_ = seccomp.load(profile, capabilities, context.seccomp_cache)
-    path.write_atomic(bundle, FILTER_FILE, filter_.to_bytes())
-    return filter_

@@ -10,17 +10,16 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from shim import seccomp
+from shim import wire
 from shim.cgroups import manager as cgroups
 from shim.cgroups.group import Group
 from shim.errors import Failure
 from shim.linux import libc
 from shim.oci import codec
 from shim.oci.spec import Process
-from shim.runtime import inside
+from shim.runtime import filters, inside
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
-from shim.runtime.create import FILTER_FILE
 from shim.runtime.final import Final, start_clean
 
 _NAMESPACES = (
@@ -50,12 +49,12 @@ class Exec:
         return fds | {fd for fd in (self.stdin, self.stdout, self.stderr) if fd is not None}
 
     def __call__(self, channel: Channel) -> None:
-        process = codec.decode(Process, read_payload(self.payload))
+        process = codec.decode(Process, wire.read_payload(self.payload))
         if not process.args:
             raise Failure("exec", message="no command", path="process.args")
         start_clean(self.context, process.oom_score_adj)
         stdio = None if process.terminal else self._stdio()
-        filter_ = load_filter(self.bundle)
+        filter_ = filters.load(self.bundle)
         if not self.in_cgroup:
             cgroups.join(self.group)
         try:
@@ -80,19 +79,3 @@ class Exec:
         fds = tuple(os.open("/dev/null", mode | os.O_CLOEXEC) if fd is None else fd for fd, mode in pairs)
         return fds[0], fds[1], fds[2]
 
-
-def read_payload(fd: int) -> bytes:
-    """All of a sealed memfd; the sender's file position does not matter."""
-    return os.pread(fd, os.fstat(fd).st_size, 0)
-
-
-def load_filter(bundle: int) -> seccomp.Filter | None:
-    """The filter that creating the container left in its bundle; None where it runs without one."""
-    try:
-        fd = os.open(FILTER_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=bundle)
-    except FileNotFoundError:
-        return None
-    try:
-        return seccomp.Filter.from_bytes(read_payload(fd))
-    finally:
-        os.close(fd)

@@ -14,8 +14,8 @@ from shim.oci.spec import Process, User
 from shim.runtime import inside, launch
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
-from shim.security import Restriction
 from shim.seccomp import Filter
+from shim.security import Restriction
 
 
 def start_clean(context: Context, oom_score_adj: int | None) -> None:

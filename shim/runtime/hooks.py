@@ -163,7 +163,7 @@ def create_container(spec: Spec, rootfd: int, host_mntns: int, container_id: str
         try:
             libc.setns(host_mntns, libc.CLONE_NEWNS)
             libc.unshare(libc.CLONE_NEWNS)
-            mount.mount("none", "/", flags=mount.MS_REC | mount.MS_PRIVATE)
+            mount.make_private("/")
             target = f"{bundle_path}/rootfs"
             os.makedirs(target, 0o700, exist_ok=True)
             fd = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

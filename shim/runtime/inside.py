@@ -106,8 +106,7 @@ def open_console(rootfd: int, size: Box | None, user: User) -> Console:
     the container could have replaced (CVE-2025-52565)."""
     try:
         master = path.open_in_root(rootfd, "dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-        fcntl.ioctl(master, _NR_GETCWD = 79 if libc.MACHINE == "x86_64" else 17
-_TIOCSPTLCK, struct.pack("i", 0))
+        fcntl.ioctl(master, _TIOCSPTLCK, struct.pack("i", 0))
         slave = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         if size is not None and size.height and size.width:
             fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size.height, size.width, 0, 0))

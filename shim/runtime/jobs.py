@@ -9,6 +9,7 @@ import socket
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from shim import wire
 from shim.cgroups import manager as cgroups
 from shim.cgroups.group import Group
 from shim.cgroups.layout import Layout
@@ -18,7 +19,6 @@ from shim.oci import codec
 from shim.oci.spec import Resources
 from shim.runtime import pod
 from shim.runtime.channel import Channel
-from shim.runtime.exec import read_payload
 
 _ROUNDS = 16  # of looking for processes that were forked while the others were being killed
 
@@ -48,7 +48,7 @@ class Update:
         return (self.payload,)
 
     def __call__(self, channel: Channel) -> None:
-        cgroups.apply(self.layout, self.group, codec.decode(Resources, read_payload(self.payload)))
+        cgroups.apply(self.layout, self.group, codec.decode(Resources, wire.read_payload(self.payload)))
         channel.send({"ok": {}})
 
 

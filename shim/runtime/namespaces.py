@@ -35,19 +35,25 @@ class PidMode(Enum):
     HOST = auto()
 
 
-def join(spec: Spec, pod: PodHandles, target: int | None) -> PidMode:
+def pid_mode(spec: Spec) -> PidMode:
+    """Where the container's processes get their pids."""
+    entry = spec.namespace(NamespaceType.PID)
+    if entry is None:
+        return PidMode.HOST
+    return PidMode.JOINED if entry.path else PidMode.NEW
+
+
+def join(spec: Spec, pod: PodHandles, target: int | None) -> None:
     """Join what the spec names and unshare what it wants new, except mount, cgroup and a new PID namespace.
 
     A joined PID namespace takes effect for children only. Raises Failure with the namespace's type.
     """
     if spec.namespace(NamespaceType.MOUNT) is None:
         raise Failure("namespaces", message="a container needs a mount namespace of its own", path="linux.namespaces")
-    fresh, mode, named = 0, PidMode.HOST, pod.named()
+    fresh, named = 0, pod.named()
     for entry in spec.linux.namespaces:
         if entry.type in _LATER:
             continue
-        if entry.type is NamespaceType.PID:
-            mode = PidMode.JOINED if entry.path else PidMode.NEW
         if not entry.path:
             fresh |= FLAGS[entry.type] if entry.type is not NamespaceType.PID else 0
             continue
@@ -57,7 +63,6 @@ def join(spec: Spec, pod: PodHandles, target: int | None) -> PidMode:
             raise Failure.wrap("namespaces", f"join {entry.type.value}", error, entry.path) from None
     if fresh:
         libc.unshare(fresh)
-    return mode
 
 
 def _join_one(kind: NamespaceType, where: str, pod: dict[str, int], target: int | None) -> None:
@@ -93,11 +98,6 @@ def set_names(spec: Spec) -> None:
         libc.setdomainname(spec.domainname)
 
 
-def new_proc() -> int:
-    """A detached procfs of this process's own PID namespace."""
-    return mount.new_filesystem("proc", (), mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC)
-
-
 def proc_of(target: int) -> int:
     """A detached procfs of the PID namespace behind ``target`` (a pidfd or namespace fd).
 
@@ -111,7 +111,7 @@ def proc_of(target: int) -> int:
     if pid == 0:
         code = 1
         try:
-            fd = new_proc()
+            fd = mount.new_proc()
             theirs.sendmsg([b"p"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
             code = 0
         except OSError as error:

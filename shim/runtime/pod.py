@@ -18,7 +18,7 @@ from shim.linux import caps, libc, mount, process
 from shim.oci import bundle as bundles
 from shim.oci.sandbox import Sandbox
 from shim.oci.spec import NamespaceType
-from shim.runtime import namespaces, pid1, sysctl
+from shim.runtime import pid1, sysctl
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 
@@ -57,9 +57,11 @@ class Pod:
             fds["netlink"] = _bring_up_network(sandbox)
         sysctl.apply(self.context.proc, sandbox.sysctl)
         facts: dict[str, object] = {"pid": 0}
+        shares_pids = NamespaceType.PID in sandbox.namespaces
+        birthplace = self._join_group(sandbox, channel, facts) if shares_pids and sandbox.cgroups_path else None
         fds["mount"] = self._mount_namespace(sandbox)
-        if NamespaceType.PID in sandbox.namespaces:
-            facts["pid"], facts["cgroup"] = self._pid1(sandbox, fds)
+        if shares_pids:
+            facts["pid"], fds["pid"] = self._pid1(sandbox, birthplace)
         channel.send({"ok": {**facts, "fds": list(fds)}}, tuple(fds.values()))
 
     def _mount_namespace(self, sandbox: Sandbox) -> int:
@@ -68,48 +70,37 @@ class Pod:
         libc.unshare(libc.CLONE_NEWNS)
         if sandbox.shm_size:
             attributes = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
-            options = (("source", "shm"), ("size", str(sandbox.shm_size)), ("mode", "1777"))
-            _attach(mount.new_filesystem("tmpfs", options, attributes), "/shm")
+            options = {"source": "shm", "size": str(sandbox.shm_size), "mode": "1777"}
+            mount.attach(mount.new_filesystem("tmpfs", options, attributes), "/shm")
         return self._own("mnt")
 
     def _own(self, name: str) -> int:
         return os.open(f"self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc)
 
-    def _pid1(self, sandbox: Sandbox, fds: dict[str, int]) -> tuple[int, dict[str, object] | None]:
-        """Fork and exec PID 1 of a shared PID namespace; the pod's mount namespace gets its procfs at /proc."""
-        group = cgroups.create(self.context.layout, sandbox.cgroups_path, None) if sandbox.cgroups_path else None
-        image = libc.sealed_memfd("cri-shim-pause", pid1.image())
-        where = cgroups.open_dir(group) if group else None
-        if group and where is None:
+    def _join_group(self, sandbox: Sandbox, channel: Channel, facts: dict[str, object]) -> int | None:
+        """Make the cgroup of the pod's PID 1; a directory fd to be born in, or None where this process has joined it (v1)."""
+        group = cgroups.create(self.context.layout, sandbox.cgroups_path)
+        facts["cgroup"] = group.to_json()
+        channel.note("cgroup", group.to_json())
+        where = cgroups.open_dir(group)
+        if where is None:
             cgroups.join(group)
+        return where
+
+    def _pid1(self, sandbox: Sandbox, birthplace: int | None) -> tuple[int, int]:
+        """Fork and exec PID 1 of a shared PID namespace: its pid and the namespace. The pod's mount namespace gets its procfs."""
+        image = libc.sealed_memfd("cri-shim-pause", pid1.image())
         ready, told = os.pipe()
         flags = libc.CLONE_NEWPID | libc.CLONE_PARENT
-        pid, _ = libc.clone3(flags, exit_signal=0, cgroup=where, parent_tid_address=self.context.slots.address(self.slot))
+        address = self.context.slots.address(self.slot)
+        pid, _ = libc.clone3(flags, exit_signal=0, cgroup=birthplace, parent_tid_address=address)
         if pid == 0:
             _become_pid1(image, told)
         os.close(told)
         said = os.read(ready, 64)  # nothing: close-on-exec closed it, so the program runs
         if said:
             raise Failure("create pod", "PID 1", errno=int(said), path=sandbox.id)
-        fds["pid"] = os.open(f"{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc)
-        return pid, group.to_json() if group else None
-
-
-def _attach(mounted: int, target: str) -> None:
-    """Attach a detached mount in the mount namespace that this process is in, and close its fd."""
-    directory = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    mount.move_mount(mounted, directory)
-    os.close(directory)
-    os.close(mounted)
-
-
-def _enter_empty_root() -> None:
-    """Replace the root by an empty read-only tmpfs; the old one, of this mount namespace only, is detached."""
-    _attach(mount.new_filesystem("tmpfs", (("size", "0"), ("mode", "555")), mount.MOUNT_ATTR_RDONLY), "/shm")
-    os.chdir("/shm")
-    libc.pivot_root(".", ".")
-    mount.umount2(".", mount.MNT_DETACH)
-    os.chdir("/")
+        return pid, os.open(f"{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc)
 
 
 def _bring_up_network(sandbox: Sandbox) -> int:
@@ -130,7 +121,7 @@ def pin(namespace: str, target: str) -> None:
     except FileExistsError:
         unpin(target)
         os.close(os.open(target, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o444))
-    mount.mount(namespace, target, flags=mount.MS_BIND)
+    mount.bind(namespace, target)
 
 
 def unpin(target: str) -> None:
@@ -149,9 +140,9 @@ def unpin(target: str) -> None:
 def _become_pid1(image: int, told: int) -> NoReturn:
     """PID 1: procfs for the pod, then no capabilities, no fds, an empty read-only root, nothing of ours in memory."""
     try:
-        _attach(namespaces.new_proc(), "/proc")
+        mount.attach(mount.new_proc(), "/proc")
         libc.unshare(libc.CLONE_NEWNS)
-        _enter_empty_root()
+        mount.empty_root()
         os.setsid()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         process.close_all_except({image, told})
