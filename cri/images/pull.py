@@ -1,0 +1,393 @@
+"""A pull: resolve the reference, fetch what is missing, unpack while it arrives, publish bottom up.
+
+Each caller resolves with its own credentials, which is the registry's permission to have the image; from there pulls of the same
+manifest are one piece of work, which is cancelled when nobody waits for it any more. Different images share layers in flight: a chain
+id belongs to the pull that claimed it, others wait for it, and take over if it fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cri.images import manifest as manifests
+from cri.images.auth import Credentials
+from cri.images.hosts import Endpoint, endpoints
+from cri.images.manifest import Descriptor, Index, Manifest, Platform
+from cri.images.progress import LayerProgress, Phase, Progress
+from cri.images.reference import Reference
+from cri.images.registry import Attempt, Document, EndpointError, Registry
+from cri.images.snapshots import Meta, Snapshots, chain_ids, name_of
+from cri.images.unpack import Feed, Limits, Unpacked, Unpacker
+from shim.errors import Failure
+from shim.linux.process import boot_id
+
+_NESTING = 4  # indexes in indexes
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """An image whose layers are all there."""
+
+    id: str  # sha256 of the config
+    document: Document  # the platform's manifest
+    manifest: Manifest
+    config: bytes
+    chain_ids: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.document.body) + len(self.config) + sum(layer.size for layer in self.manifest.layers)
+
+
+@dataclass(slots=True)
+class _Work:
+    """One manifest being pulled, and for how many."""
+
+    task: asyncio.Task[Pulled]
+    progress: Progress
+    kept: list[str]  # chain ids counted in ``Pulls.keep``
+    waiters: int = 0
+
+
+@dataclass(slots=True)
+class _Layer:
+    """A layer of one pull. ``path`` set: unpacked there by us, not yet published."""
+
+    descriptor: Descriptor
+    diff_id: str
+    chain_id: str
+    progress: LayerProgress
+    path: Path | None = None
+    unpacked: Unpacked | None = None
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the configuration says about pulls."""
+
+    registry_dir: Path | None
+    parallel_pulls: int
+    parallel_layers: int
+    progress_timeout: float  # seconds
+    user_agent: str = "cri-shim"
+    limits: Limits = field(default_factory=Limits)
+
+
+class Pulls:
+    """All pulls of a store. ``keep`` counts the chain ids that garbage collection must spare for them."""
+
+    def __init__(self, snapshots: Snapshots, options: Options, platform: Platform) -> None:
+        self._snapshots, self._options, self._platform = snapshots, options, platform
+        self._slots = asyncio.Semaphore(options.parallel_pulls)
+        self._work: dict[str, _Work] = {}  # by manifest digest
+        self._claims: dict[str, asyncio.Future[None]] = {}  # by chain id; resolved whatever the outcome
+        self._resolving: list[Progress] = []
+        self._background: set[asyncio.Task[None]] = set()
+        self.keep: Counter[str] = Counter()
+
+    def progress(self) -> list[Progress]:
+        return [*self._resolving, *(w.progress for w in self._work.values())]
+
+    async def pull(self, reference: Reference, credentials: Credentials, done: Callable[[Pulled, str], None]) -> None:
+        """Pull, and call ``done(pulled, digest the reference resolved to)`` while its snapshots are still kept."""
+        progress = Progress([str(reference)])
+        self._resolving.append(progress)
+        registry = Registry(
+            reference,
+            endpoints(self._options.registry_dir, reference.domain),
+            credentials,
+            progress_timeout=self._options.progress_timeout,
+            user_agent=self._options.user_agent,
+        )
+        try:
+            top, chosen, manifest = await self._resolve(registry)
+        except BaseException:
+            await registry.close()
+            raise
+        finally:
+            self._resolving.remove(progress)
+        work = self._work.get(chosen.digest)
+        if work is None:
+            work = self._begin(registry, chosen, manifest, progress)
+        else:
+            await registry.close()
+            if str(reference) not in work.progress.references:
+                work.progress.references.append(str(reference))
+        work.waiters += 1
+        try:
+            done(await asyncio.shield(work.task), top.digest)
+        finally:
+            work.waiters -= 1
+            if not work.waiters:
+                self._end(work, chosen.digest)
+
+    def _begin(self, registry: Registry, document: Document, manifest: Manifest, progress: Progress) -> _Work:
+        kept: list[str] = []
+        task = asyncio.create_task(self._fetch(registry, document, manifest, progress, kept), name=f"pull {progress.references[0]}")
+        task.add_done_callback(lambda _: self._spawn(registry.close()))
+        self._work[document.digest] = _Work(task, progress, kept)
+        return self._work[document.digest]
+
+    def _end(self, work: _Work, digest: str) -> None:
+        """Nobody waits any more: cancel it if it is not done, and let go of its snapshots."""
+        work.task.cancel()
+        if self._work.get(digest) is work:
+            del self._work[digest]
+        self.keep.subtract(work.kept)
+        self.keep = +self.keep
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _resolve(self, registry: Registry) -> tuple[Document, Document, Manifest]:
+        """(what the reference names, the manifest for this platform, the same parsed)."""
+        top = document = await registry.document(registry.reference.selector, capability="resolve")
+        for _ in range(_NESTING):
+            parsed = manifests.parse(document.media_type, document.body)
+            if isinstance(parsed, Manifest):
+                return top, document, parsed
+            document = await self._choose(registry, parsed)
+        raise Failure("choose platform", message=f"indexes nested more than {_NESTING} deep")
+
+    async def _choose(self, registry: Registry, index: Index) -> Document:
+        chosen = manifests.choose(index, self._platform)
+        document = await registry.document(chosen.digest)
+        declared = document.media_type.partition(";")[0].strip().lower()
+        if declared in manifests.MANIFESTS + manifests.INDEXES and declared != chosen.media_type:
+            raise Failure("read manifest", message=f"served as {declared!r}, the index says {chosen.media_type!r}")
+        return Document(chosen.media_type, document.digest, document.body)
+
+    # -- one manifest -------------------------------------------------------------------------------------------------------
+
+    async def _fetch(self, registry: Registry, document: Document, manifest: Manifest, progress: Progress, kept: list[str]) -> Pulled:
+        progress.phase = Phase.WAITING
+        async with self._slots:
+            progress.phase = Phase.DOWNLOADING
+            config = await registry.small_blob(manifest.config.digest, manifest.config.size)
+            parsed = manifests.load(config, manifests.CONFIG_LIMIT, "image config")
+            _check_platform(parsed, self._platform)
+            diffs = manifests.diff_ids(parsed, len(manifest.layers))
+            chains = chain_ids(diffs)
+            layers = [
+                _Layer(descriptor, diff, chain, LayerProgress(descriptor.digest, descriptor.size))
+                for descriptor, diff, chain in zip(manifest.layers, diffs, chains, strict=True)
+            ]
+            progress.layers = [layer.progress for layer in layers]
+            self.keep.update(chains)
+            kept.extend(chains)
+            if any(self._snapshots.get(c) is None for c in chains):
+                await self._layers(registry, layers)
+            for layer in layers:
+                if layer.progress.phase is Phase.WAITING:
+                    layer.progress.phase = Phase.EXISTS
+            progress.phase = Phase.DONE
+            return Pulled(f"sha256:{hashlib.sha256(config).hexdigest()}", document, manifest, config, chains)
+
+    async def _layers(self, registry: Registry, layers: list[_Layer]) -> None:
+        """Fetch the missing layers side by side, publish them bottom up."""
+        mine: dict[str, asyncio.Future[None]] = {}
+        for layer in layers:  # all at once, before anything is awaited: so that two pulls never wait for each other
+            self._claim(layer.chain_id, mine)
+        unpacker = await self._start_unpacker(mine)
+        limit = asyncio.Semaphore(self._options.parallel_layers)
+        tasks = [asyncio.create_task(self._obtain(registry, unpacker, layer, mine, limit)) for layer in layers]
+        try:
+            for position, layer in enumerate(layers):
+                await _first_failure(tasks, tasks[position])
+                await self._publish(unpacker, layers, position)
+                _release(self._claims, mine, layer.chain_id)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await unpacker.close()
+            raise
+        finally:
+            for layer in layers:
+                _release(self._claims, mine, layer.chain_id)
+                if layer.path is not None:
+                    self._snapshots.abandon(layer.path)
+            self._snapshots.empty_trash()
+        self._spawn(self._make_durable(unpacker))
+
+    def _claim(self, chain_id: str, mine: dict[str, asyncio.Future[None]]) -> bool:
+        if self._snapshots.get(chain_id) is None and chain_id not in self._claims:
+            self._claims[chain_id] = mine[chain_id] = asyncio.get_running_loop().create_future()
+        return chain_id in mine
+
+    async def _start_unpacker(self, mine: dict[str, asyncio.Future[None]]) -> Unpacker:
+        try:
+            return await Unpacker.start()
+        except BaseException:
+            for chain_id in list(mine):
+                _release(self._claims, mine, chain_id)
+            raise
+
+    async def _obtain(
+        self, registry: Registry, unpacker: Unpacker, layer: _Layer, mine: dict[str, asyncio.Future[None]], limit: asyncio.Semaphore
+    ) -> None:
+        """Return when the layer is published by somebody, or unpacked by us."""
+        while self._snapshots.get(layer.chain_id) is None:
+            if self._claim(layer.chain_id, mine):
+                async with limit:
+                    await self._unpack(registry, unpacker, layer)
+                return
+            await asyncio.wait([self._claims[layer.chain_id]])
+        layer.progress.phase = Phase.EXISTS
+
+    async def _unpack(self, registry: Registry, unpacker: Unpacker, layer: _Layer) -> None:
+        """Download and unpack until the bytes are right or every endpoint has served wrong ones."""
+        avoid: frozenset[str] = frozenset()
+        while True:
+            path = self._snapshots.begin(layer.chain_id)
+            feed = None
+            try:
+                feed = await unpacker.unpack(path / "fs", layer.descriptor.size, layer.diff_id.partition(":")[0], self._options.limits)
+                sink = _Sink(layer, feed)
+                layer.progress.phase = Phase.DOWNLOADING
+                await registry.stream_blob(layer.descriptor.digest, sink, avoid)
+                feed.close()
+                if sink.verified():
+                    layer.progress.phase = Phase.UNPACKING
+                    unpacked = await feed.done
+                    if unpacked.diff_id != layer.diff_id:
+                        raise Failure(
+                            "unpack layer",
+                            path=layer.descriptor.digest,
+                            message=f"diff id is {unpacked.diff_id}, config says {layer.diff_id}",
+                        )
+                    layer.path, layer.unpacked, layer.number = path, unpacked, feed.number
+                    layer.progress.phase = Phase.DONE
+                    return
+                avoid |= sink.sources
+            except Failure as error:
+                raise Failure(
+                    "unpack layer",
+                    error.operation,
+                    errno=error.errno,
+                    path=f"{layer.descriptor.digest} {error.path}".strip(),
+                    message=error.message,
+                ) from error
+            finally:
+                if feed is not None:
+                    feed.close()
+                    feed.done.cancel()
+                if layer.path is None:
+                    self._snapshots.abandon(path)
+
+    async def _publish(self, unpacker: Unpacker, layers: list[_Layer], position: int) -> None:
+        layer = layers[position]
+        if layer.path is None or layer.unpacked is None:
+            return
+        if layer.unpacked.implicit:
+            below = [name_of(lower.chain_id) for lower in reversed(layers[:position])]
+            await unpacker.settle(layer.number, layer.path / "fs", self._snapshots.directory, below)
+        if self._snapshots.get(layer.chain_id) is None:
+            self._snapshots.commit(
+                layer.path,
+                Meta(
+                    chain_id=layer.chain_id,
+                    diff_id=layer.diff_id,
+                    blob=layer.descriptor.digest,
+                    blob_size=layer.descriptor.size,
+                    bytes=layer.unpacked.bytes,
+                    inodes=layer.unpacked.inodes,
+                    boot=boot_id(),
+                ),
+            )
+            layer.path = None
+
+    async def _make_durable(self, unpacker: Unpacker) -> None:
+        try:
+            chains = self._snapshots.not_durable()
+            await unpacker.sync(self._snapshots.directory)
+            self._snapshots.mark_durable(chains)
+        finally:
+            await unpacker.close()
+
+    async def close(self) -> None:
+        """Cancel what is in flight and wait for it."""
+        tasks = [work.task for work in self._work.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while self._background:
+            await asyncio.gather(*self._background, return_exceptions=True)
+
+
+class _Sink:
+    """A layer's bytes on their way into the helper: counted, hashed, compared."""
+
+    def __init__(self, layer: _Layer, feed: Feed) -> None:
+        self._layer, self._feed = layer, feed
+        algorithm = layer.descriptor.digest.partition(":")[0]
+        self._hash = hashlib.new(algorithm)
+        self._feeding = True
+        self.offset = 0
+        self.sources: frozenset[str] = frozenset()
+        layer.progress.fetched = 0
+
+    @property
+    def missing(self) -> int:
+        return self._layer.descriptor.size - self.offset
+
+    async def write(self, endpoint: Endpoint, chunk: bytes) -> None:
+        self.sources |= {endpoint.base}
+        if len(chunk) > self.missing:
+            raise EndpointError(Attempt(endpoint.base, f"sent more than the {self._layer.descriptor.size} bytes of the blob", 200))
+        self._hash.update(chunk)
+        self.offset += len(chunk)
+        self._layer.progress.fetched = self.offset
+        if self._feeding and not await self._feed.write(chunk):
+            await self._stopped()
+
+    async def _stopped(self) -> None:
+        """The helper gave up on the archive. Unless the disk is at fault, read on: only the digest can tell whether these were the
+        image's bytes (its fault) or the endpoint's invention (then another is asked)."""
+        self._feeding = False
+        try:
+            await asyncio.shield(self._feed.done)
+        except Failure as error:
+            if error.errno in _DISK:
+                raise
+
+    def verified(self) -> bool:
+        algorithm = self._layer.descriptor.digest.partition(":")[0]
+        return self._layer.descriptor.digest == f"{algorithm}:{self._hash.hexdigest()}"
+
+
+def _release(claims: dict[str, asyncio.Future[None]], mine: dict[str, asyncio.Future[None]], chain_id: str) -> None:
+    future = mine.pop(chain_id, None)
+    if future is not None:
+        del claims[chain_id]
+        future.set_result(None)
+
+
+async def _first_failure(tasks: list[asyncio.Task[None]], wanted: asyncio.Task[None]) -> None:
+    """Wait for one task, but fail as soon as any of them does."""
+    pending = {t for t in tasks if not t.done()}
+    for task in tasks:
+        if task.done():
+            task.result()
+    while not wanted.done():
+        done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+
+def _check_platform(config: dict[str, Any], wanted: Platform) -> None:
+    """A single manifest comes without a platform; its config has one."""
+    system, machine = config.get("os") or "linux", config.get("architecture") or wanted.architecture
+    if (system, machine) != (wanted.os, wanted.architecture):
+        raise Failure("choose platform", message=f"the image is for {system}/{machine}, this node is {wanted.os}/{wanted.architecture}")

@@ -1,0 +1,368 @@
+"""The pull half of the distribution spec over aiohttp: manifests and blobs of one repository, through its endpoints in order.
+
+Each failure of an endpoint is kept; when all have failed the error names every one of them with its reason. Redirects are
+followed here, not by the HTTP client, so that no header of ours leaves the origin it was made for (CVE-2020-15157).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from cri.errors import CriError, ImageNotFound, RegistryUnavailable, Unknown
+from cri.images import auth, manifest
+from cri.images.auth import Credentials
+from cri.images.hosts import Endpoint
+from cri.images.reference import Reference
+from shim.errors import Failure
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_REDIRECT_LIMIT = 8
+_ERROR_LIMIT = 4 << 10  # bytes of an error body that are read
+_RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+_BROKEN = 1  # stands for a status where the connection broke after it was made
+_TRIES = 3  # without progress, per endpoint
+_MAX_DELAY = 30.0  # seconds
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-")
+
+T = TypeVar("T")
+
+
+class Sink(Protocol):
+    """Where a blob goes. It keeps its own hash; ``offset`` is how many bytes it has taken, ``missing`` how many are still to come."""
+
+    @property
+    def offset(self) -> int: ...
+
+    @property
+    def missing(self) -> int: ...
+
+    async def write(self, endpoint: Endpoint, chunk: bytes) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """Why one endpoint did not help. ``status`` 0: no HTTP answer at all."""
+
+    base: str
+    why: str
+    status: int = 0
+    tls: bool = False
+
+
+class EndpointError(Exception):
+    """One endpoint failed in a way that lets the next be asked."""
+
+    def __init__(self, attempt: Attempt, retry_after: float | None = None) -> None:
+        super().__init__(attempt.why)
+        self.attempt, self.retry_after = attempt, retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A manifest or index as served, its digest computed here."""
+
+    media_type: str
+    digest: str
+    body: bytes
+
+
+class Registry:
+    """One repository at its endpoints, with the credentials of one client. Use as an async context manager."""
+
+    def __init__(
+        self, reference: Reference, endpoints: tuple[Endpoint, ...], credentials: Credentials, *, progress_timeout: float, user_agent: str
+    ) -> None:
+        self.reference, self.endpoints, self.credentials = reference, endpoints, credentials
+        self._timeout, self._agent = progress_timeout, user_agent
+        self._sessions: dict[Endpoint | None, aiohttp.ClientSession] = {}
+        self._authorization: dict[Endpoint, tuple[str, float]] = {}  # header value, monotonic time of expiry
+        self._locks: dict[Endpoint, asyncio.Lock] = {}
+
+    async def __aenter__(self) -> Registry:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        for session in self._sessions.values():
+            await session.close()
+
+    async def document(self, selector: str, *, capability: str = "pull") -> Document:
+        """The manifest or index for a tag or digest; verified against the digest when it is one."""
+
+        async def fetch(endpoint: Endpoint) -> Document:
+            url = f"{endpoint.base}/{self.reference.path}/manifests/{selector}"
+            async with self._get(endpoint, url, {"Accept": manifest.ACCEPT}) as response:
+                body = await _read(response, manifest.MANIFEST_LIMIT, endpoint)
+                return self._verified(endpoint, selector, response, body)
+
+        return await self._each(f"manifest {selector}", fetch, capability=capability)
+
+    def _verified(self, endpoint: Endpoint, selector: str, response: aiohttp.ClientResponse, body: bytes) -> Document:
+        algorithm = selector.partition(":")[0] if ":" in selector else "sha256"
+        digest = f"{algorithm}:{hashlib.new(algorithm, body).hexdigest()}"
+        if ":" in selector and digest != selector:
+            raise EndpointError(Attempt(endpoint.base, f"served a manifest with digest {digest}", response.status))
+        said = response.headers.get("Docker-Content-Digest", digest)
+        if said.partition(":")[0] == algorithm and said != digest:
+            raise EndpointError(Attempt(endpoint.base, f"said digest {said[:80]} and served {digest}", response.status))
+        return Document(response.headers.get("Content-Type", ""), digest, body)
+
+    async def small_blob(self, digest: str, size: int) -> bytes:
+        """A blob that fits in memory (the image config), verified."""
+
+        async def fetch(endpoint: Endpoint) -> bytes:
+            async with self._get(endpoint, self._blob_url(endpoint, digest), {}) as response:
+                body = await _read(response, size, endpoint)
+            found = f"{digest.partition(':')[0]}:{hashlib.new(digest.partition(':')[0], body).hexdigest()}"
+            if found != digest:
+                raise EndpointError(Attempt(endpoint.base, f"served {len(body)} bytes with digest {found} for {digest}", 200))
+            return body
+
+        return await self._each(f"blob {digest}", fetch)
+
+    async def stream_blob(self, digest: str, sink: Sink, avoid: frozenset[str] = frozenset()) -> None:
+        """Stream a blob into ``sink`` from its current offset. A cut connection goes on at the next try where it stopped; endpoints
+        whose base is in ``avoid`` (they served wrong bytes before) are not asked."""
+
+        async def fetch(endpoint: Endpoint) -> None:
+            if endpoint.base in avoid:
+                raise EndpointError(Attempt(endpoint.base, "served wrong content before", 200))
+            offset = sink.offset
+            headers = {"Range": f"bytes={offset}-"} if offset else {}
+            async with self._get(endpoint, self._blob_url(endpoint, digest), headers) as response:
+                skip = offset - _range_start(response, endpoint)
+                async for chunk in self._chunks(response, endpoint):
+                    if skip >= len(chunk):
+                        skip -= len(chunk)
+                        continue
+                    await sink.write(endpoint, chunk[skip:] if skip else chunk)
+                    skip = 0
+            if sink.missing:
+                raise EndpointError(Attempt(endpoint.base, f"ended {sink.missing} bytes early", 200))
+
+        def position() -> int:
+            return sink.offset
+
+        await self._each(f"blob {digest}", fetch, progress=position)
+
+    def _blob_url(self, endpoint: Endpoint, digest: str) -> str:
+        return f"{endpoint.base}/{self.reference.path}/blobs/{digest}"
+
+    async def _each(
+        self,
+        what: str,
+        fetch: Callable[[Endpoint], Awaitable[T]],
+        *,
+        capability: str = "pull",
+        progress: Callable[[], int] = lambda: 0,
+    ) -> T:
+        """The first success, endpoint by endpoint; failures that may pass are tried again, without limit while bytes arrive."""
+        attempts: list[Attempt] = []
+        for endpoint in self.endpoints:
+            if capability not in endpoint.capabilities or (endpoint.only_after_tls_failure and not (attempts and attempts[-1].tls)):
+                continue
+            tries, reached = 0, progress()
+            while True:
+                try:
+                    return await fetch(endpoint)
+                except EndpointError as error:
+                    tries = 0 if progress() > reached else tries + 1
+                    reached = progress()
+                    if error.attempt.status not in _RETRY_STATUS | {_BROKEN} or tries >= _TRIES:
+                        attempts.append(error.attempt)
+                        break
+                    await asyncio.sleep(min(_MAX_DELAY, error.retry_after if error.retry_after is not None else 0.2 * 2**tries))
+        raise self._failure(what, attempts)
+
+    def _failure(self, what: str, attempts: list[Attempt]) -> CriError:
+        asked = "; ".join(f"{a.base}: {a.why}" for a in attempts) or "no configured endpoint has this capability"
+        text = self.credentials.redact(f"pull {self.reference}: {what}: {asked}")
+        # With a plain-HTTP fallback the TLS failure before it says nothing about the image.
+        telling = [a for a in attempts if not a.tls] or attempts
+        statuses = {a.status for a in telling}
+        if statuses and statuses <= {404}:
+            return ImageNotFound(text)
+        if statuses & {401, 403}:
+            return Unknown(f"{text}: pull access denied", hint="check the image name and the pull secret")
+        if statuses and all(s in (0, _BROKEN) or s >= 500 or s == 429 for s in statuses):
+            return RegistryUnavailable(text)
+        return Unknown(text)
+
+    @asynccontextmanager
+    async def _get(self, endpoint: Endpoint, url: str, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A 2xx answer to a GET of the endpoint, after authentication and redirects; everything else is an EndpointError."""
+        import aiohttp
+
+        try:
+            async with AsyncExitStack() as stack:
+                yield await self._authenticated(stack, endpoint, url, headers)
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise EndpointError(Attempt(endpoint.base, f"certificate: {error.certificate_error}", tls=False)) from error
+        except aiohttp.ClientSSLError as error:
+            raise EndpointError(Attempt(endpoint.base, f"tls: {_reason(error)}", tls=True)) from error
+        except ssl.SSLError as error:
+            raise EndpointError(Attempt(endpoint.base, f"tls: {_reason(error)}", tls=True)) from error
+        except TimeoutError as error:
+            why = f"no progress for {self._timeout:g} s" if not isinstance(error, aiohttp.ConnectionTimeoutError) else "connect: timed out"
+            raise EndpointError(Attempt(endpoint.base, why)) from error
+        except aiohttp.ClientConnectorError as error:
+            raise EndpointError(Attempt(endpoint.base, f"connect: {_reason(error)}")) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise EndpointError(Attempt(endpoint.base, f"connection: {_reason(error)}", _BROKEN)) from error
+
+    async def _authenticated(self, stack: AsyncExitStack, endpoint: Endpoint, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        for retry in (False, True):
+            sent = {**dict(endpoint.headers), **headers, **self._authorized(endpoint)}
+            response = await self._follow(stack, endpoint, url, sent)
+            if response.status == 401 and not retry and await self._answer_challenge(endpoint, response, sent):
+                response.release()
+                continue
+            if response.status in (200, 206):
+                return response
+            raise await _refused(endpoint, response)
+        raise AssertionError("unreachable")
+
+    async def _follow(self, stack: AsyncExitStack, endpoint: Endpoint, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        session, home = self._session(endpoint), urlsplit(url)
+        for _ in range(_REDIRECT_LIMIT):
+            response = await stack.enter_async_context(session.get(url, headers=headers, allow_redirects=False))
+            if response.status not in _REDIRECTS:
+                return response
+            target = urljoin(url, response.headers.get("Location", ""))
+            there = urlsplit(target)
+            if there.scheme not in ("http", "https") or not there.hostname or there.username:
+                raise EndpointError(Attempt(endpoint.base, "redirects to something that is not an http or https URL", response.status))
+            if home.scheme == "https" and there.scheme == "http":
+                raise EndpointError(Attempt(endpoint.base, f"redirects from https to http at {there.netloc}", response.status))
+            if (there.scheme, there.netloc) != (home.scheme, home.netloc):
+                # Another origin gets no credential, none of the configured headers and no client certificate.
+                headers = {k: v for k, v in headers.items() if k in ("Accept", "Range")}
+                session = self._session(None if endpoint.client else endpoint)
+            response.release()
+            url = target
+        raise EndpointError(Attempt(endpoint.base, f"more than {_REDIRECT_LIMIT} redirects"))
+
+    def _session(self, endpoint: Endpoint | None) -> aiohttp.ClientSession:
+        import aiohttp
+
+        if endpoint not in self._sessions:
+            dial = endpoint.dial_timeout if endpoint else 30.0
+            self._sessions[endpoint] = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(ssl=endpoint.ssl_context() if endpoint and endpoint.base.startswith("https:") else True),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=dial, sock_read=self._timeout),
+                headers={"User-Agent": self._agent, "Accept-Encoding": "identity"},
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                read_bufsize=1 << 19,
+                trust_env=True,
+            )
+        return self._sessions[endpoint]
+
+    def _authorized(self, endpoint: Endpoint) -> dict[str, str]:
+        value, expires = self._authorization.get(endpoint, ("", 0.0))
+        return {"Authorization": value} if value and expires > time.monotonic() else {}
+
+    async def _answer_challenge(self, endpoint: Endpoint, response: aiohttp.ClientResponse, sent: dict[str, str]) -> bool:
+        """Get what the endpoint asks for. False: there is nothing (more) to offer it."""
+        lock = self._locks.setdefault(endpoint, asyncio.Lock())
+        async with lock:  # parallel layers need one token, not one each
+            now = self._authorized(endpoint)
+            if now and now.get("Authorization") != sent.get("Authorization"):
+                return True
+            host = endpoint.host
+            offered = (
+                self.credentials if self.credentials.allowed_at(host, self.reference.domain, origin=endpoint.origin) else auth.ANONYMOUS
+            )
+            for challenge in auth.challenges(response.headers.getall("WWW-Authenticate", [])):
+                if challenge.scheme == "bearer":
+                    value, lifetime = await self._token(endpoint, challenge, offered)
+                    self._authorization[endpoint] = (f"Bearer {value}", time.monotonic() + lifetime * 0.9)
+                    return True
+                if challenge.scheme == "basic" and (offered.username or offered.password):
+                    if sent.get("Authorization") == offered.basic():
+                        return False
+                    self._authorization[endpoint] = (offered.basic(), float("inf"))
+                    return True
+            return False
+
+    async def _token(self, endpoint: Endpoint, challenge: auth.Challenge, offered: Credentials) -> tuple[str, float]:
+        if offered.registry_token:
+            return offered.registry_token, float("inf")
+        try:
+            request = auth.token_request(challenge, endpoint.base, auth.scope_of(self.reference.path), offered)
+            same_host = urlsplit(request.url).netloc.lower() == endpoint.host
+            session = self._session(endpoint if same_host or not endpoint.client else None)
+            method = "POST" if request.body else "GET"
+            async with session.request(
+                method, request.url, headers=request.headers, data=request.body or None, allow_redirects=False
+            ) as response:
+                body = await _read(response, auth.TOKEN_LIMIT, endpoint)
+                if response.status != 200:
+                    host = urlsplit(request.url).netloc
+                    raise EndpointError(Attempt(endpoint.base, f"token server {host}: {_summary(response.status, body)}", response.status))
+            return auth.token_of(body)
+        except Failure as error:
+            raise EndpointError(Attempt(endpoint.base, str(error), 401)) from error
+
+    async def _chunks(self, response: aiohttp.ClientResponse, endpoint: Endpoint) -> AsyncIterator[bytes]:
+        async for chunk in response.content.iter_any():
+            yield chunk
+
+
+def _range_start(response: aiohttp.ClientResponse, endpoint: Endpoint) -> int:
+    """Where the body begins in the blob: 0 for a 200, whatever was asked for."""
+    if response.status != 206:
+        return 0
+    match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
+    if match is None:
+        raise EndpointError(Attempt(endpoint.base, "answers 206 without a usable Content-Range", 206))
+    return int(match[1])
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int, endpoint: Endpoint) -> bytes:
+    """The whole body, or an EndpointError as soon as it is longer than ``limit`` (CVE-2023-25153)."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            raise EndpointError(Attempt(endpoint.base, f"sent more than {limit} bytes", response.status))
+    return bytes(body)
+
+
+async def _refused(endpoint: Endpoint, response: aiohttp.ClientResponse) -> EndpointError:
+    body = await response.content.read(_ERROR_LIMIT)
+    after = response.headers.get("Retry-After", "")
+    return EndpointError(
+        Attempt(endpoint.base, _summary(response.status, body), response.status), float(after) if after.isdigit() else None
+    )
+
+
+def _summary(status: int, body: bytes) -> str:
+    """Status and the registry's own error codes; its free text is cut and stripped of control characters."""
+    try:
+        document = json.loads(body)
+        errors = [f"{e.get('code', '')}: {e.get('message', '')}" for e in document["errors"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        errors = []
+    text = "".join(c if c.isprintable() else " " for c in "; ".join(errors))[:200]
+    return f"HTTP {status} {text}".rstrip()
+
+
+def _reason(error: BaseException) -> str:
+    inner = getattr(error, "os_error", None) or error
+    return (getattr(inner, "strerror", None) or str(inner) or type(inner).__name__)[:200]

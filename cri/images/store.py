@@ -1,0 +1,277 @@
+"""The images of this node: records, names, pulls, removal, and the roots of containers.
+
+    records/<hex of id>.json       one per image
+    documents/<hex of sha256>      manifests and configs as served
+
+A record is written after its documents and snapshots and deleted before them, so that whatever instruction a crash comes at, a record
+that can be read has all it speaks of; ``load`` checks that, and drops the record otherwise, for the kubelet to pull again.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import re
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cri import config as configuration
+from cri.errors import ImageNotFound, InvalidArgument
+from cri.images import auth, files, manifest, reference
+from cri.images.model import Image, config_from_json
+from cri.images.pull import Options, Pulled, Pulls
+from cri.images.reference import BadReference, Reference
+from cri.images.snapshots import Snapshots
+from cri.images.usage import Containers, FsInfo, measure
+from shim.errors import Failure
+from shim.oci.bundle import Recipe
+
+log = logging.getLogger("cri.images")
+
+_PREFIX = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})", re.ASCII)  # what crictl shows of an id is 13 digits
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is on disk about one image. Everything in it can be read with ``cat``."""
+
+    image: Image
+    manifest_type: str
+    config_digest: str
+    layers: tuple[str, ...]  # digests of the compressed layers, bottom first
+    version: int = 1
+
+
+class Images:
+    """The image store. Create one, ``load`` it, and ``close`` it; only the event loop touches it."""
+
+    def __init__(self, root: Path, config: configuration.Images, *, platform: manifest.Platform | None = None) -> None:
+        self.root = root
+        self._records_dir, self._documents_dir = root / "records", root / "documents"
+        self._records: dict[str, Record] = {}
+        self._names: dict[str, str] = {}  # every tag and digest → id
+        self._pinned = config.pinned
+        self.snapshots = Snapshots(root)
+        options = Options(
+            registry_dir=Path(config.registry_dir) if config.registry_dir else None,
+            parallel_pulls=config.max_parallel_pulls,
+            parallel_layers=config.max_parallel_layers,
+            progress_timeout=float(config.progress_timeout),
+        )
+        self.pulls = Pulls(self.snapshots, options, platform or manifest.host_platform())
+        self._usage = Containers(self.snapshots)
+
+    # -- life ---------------------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Read the store, and repair it: abandoned parts go, records that lost something go."""
+        self.snapshots.load()
+        for directory in (self._records_dir, self._documents_dir):
+            directory.mkdir(mode=0o700, exist_ok=True)
+            directory.chmod(0o700)
+        found = []
+        for path in self._records_dir.iterdir():
+            record = files.read_json(path, Record) if path.suffix == ".json" and not path.name.startswith(".") else None
+            if record is None or not self._whole(record):
+                log.warning("image record dropped: %s is not whole", path)
+                path.unlink()
+                continue
+            found.append(record)
+        # A crash between two writes may leave a tag in two records: the later pull has it.
+        for record in sorted(found, key=lambda r: r.image.pulled_at):
+            self._put(record)
+        self._collect()
+
+    async def close(self) -> None:
+        """Cancel pulls and wait for background work."""
+        await self.pulls.close()
+        await self.snapshots.settled()
+
+    def _whole(self, record: Record) -> bool:
+        documents = all((self._documents_dir / d.partition(":")[2]).exists() for d in (record.config_digest, record.image.manifest_digest))
+        return documents and all(self.snapshots.get(c) is not None for c in record.image.chain_ids)
+
+    # -- look-up ------------------------------------------------------------------------------------------------------------
+
+    def get(self, ref: str) -> Image | None:
+        """By id, tag or digest (normalised), or by a unique beginning of an id; None if there is none."""
+        record = self._find(ref)
+        return self._with_pin(record.image) if record else None
+
+    def list(self) -> Iterator[Image]:
+        """All images, oldest first."""
+        return (self._with_pin(r.image) for r in self._records.values())
+
+    def _find(self, ref: str) -> Record | None:
+        if reference.is_image_id(ref):
+            return self._records.get(ref if ":" in ref else f"sha256:{ref}")
+        try:
+            name = str(reference.parse(ref))
+        except BadReference:
+            name = ""
+        if name in self._names:
+            return self._records[self._names[name]]
+        match = _PREFIX.fullmatch(ref)
+        if match is None:
+            return None
+        matches = [r for i, r in self._records.items() if i.startswith(f"sha256:{match[1]}")]
+        if len(matches) > 1:
+            raise InvalidArgument(f"image id {ref!r} is ambiguous: {len(matches)} begin so")
+        return matches[0] if matches else None
+
+    def _with_pin(self, image: Image) -> Image:
+        names = (image.id, *image.repo_tags, *image.repo_digests)
+        pinned = any(fnmatch.fnmatchcase(name, _normal(p)) for p in self._pinned for name in names)
+        return replace(image, pinned=True) if pinned else image
+
+    def details(self, image: Image) -> dict[str, Any]:
+        """For verbose status: the config and manifest as served, chain ids and where the layers lie."""
+        record = self._records[image.id]
+        return {
+            "chainID": image.chain_ids[-1] if image.chain_ids else "",
+            "imageSpec": self._document(record.config_digest),
+            "manifest": self._document(image.manifest_digest),
+            "snapshots": list(self.snapshots.view(image.chain_ids).lower),
+        }
+
+    def _document(self, digest: str) -> Any:
+        return json.loads((self._documents_dir / digest.partition(":")[2]).read_bytes())
+
+    # -- verbs --------------------------------------------------------------------------------------------------------------
+
+    async def pull(self, ref: str, credentials: auth.Credentials = auth.ANONYMOUS) -> Image:
+        """Pull an image; two pulls of one image share the work. Always asks the registry: that is the permission to have it."""
+        try:
+            parsed = reference.parse(ref)
+        except BadReference as error:
+            raise InvalidArgument(str(error), field="image.image") from None
+        added: list[Image] = []
+        await self.pulls.pull(parsed, credentials, lambda pulled, digest: added.append(self._add(parsed, pulled, digest)))
+        return self._with_pin(added[0])
+
+    def _add(self, parsed: Reference, pulled: Pulled, digest: str) -> Image:
+        """Record a pulled image under the name it was asked for."""
+        document = json.loads(pulled.config)
+        known = self._records.get(pulled.id)
+        tags = set(known.image.repo_tags if known else ())
+        digests = list(known.image.repo_digests if known else ())
+        if parsed.tag:
+            tags.add(str(parsed))
+        if (name := parsed.with_digest(digest)) not in digests:
+            digests.append(name)
+        image = Image(
+            id=pulled.id,
+            repo_tags=tuple(sorted(tags)),
+            repo_digests=tuple(digests),
+            size=pulled.size,
+            config=config_from_json(document),
+            chain_ids=pulled.chain_ids,
+            architecture=_string(document, "architecture"),
+            os=_string(document, "os"),
+            variant=_string(document, "variant"),
+            created=_string(document, "created"),
+            manifest_digest=pulled.document.digest,
+            pulled_at=time.time_ns(),
+        )
+        config_digest = pulled.manifest.config.digest
+        for name, body in ((config_digest, pulled.config), (image.manifest_digest, pulled.document.body)):
+            path = self._documents_dir / name.partition(":")[2]
+            if not path.exists():
+                files.write(path, body)
+        record = Record(image, pulled.manifest.media_type, config_digest, tuple(layer.digest for layer in pulled.manifest.layers))
+        self._save(record)
+        self._put(record)
+        return image
+
+    async def remove(self, ref: str) -> None:
+        """Remove an image with all its names (CRI: by any of them). Removing nothing succeeds. Containers keep their layers."""
+        record = self._find(ref)
+        if record is None:
+            return
+        self._record_path(record.image.id).unlink(missing_ok=True)
+        del self._records[record.image.id]
+        self._names = {name: i for name, i in self._names.items() if i != record.image.id}
+        self._collect()
+
+    async def prepare(self, image: Image, container_id: str) -> Recipe:
+        """A writable root for a container."""
+        if image.id not in self._records:
+            raise ImageNotFound(f"image {image.id} was removed")
+        return self.snapshots.prepare(container_id, image.chain_ids)
+
+    def view(self, image: Image) -> Recipe:
+        """The image read-only, for an image volume; it must be ``prepare``d by something for as long as it is used."""
+        return self.snapshots.view(image.chain_ids)
+
+    async def release(self, container_id: str) -> None:
+        """Give a container's root back (idempotent) and what only it still used."""
+        self.snapshots.release(container_id)
+        self._collect()
+
+    async def sweep(self, live: Collection[str]) -> None:
+        """Release every root whose container is not in ``live``; for recovery."""
+        for container_id in self.snapshots.containers() - set(live):
+            self.snapshots.release(container_id)
+        self._collect()
+
+    async def usage(self, container_id: str) -> tuple[int, int]:
+        """(bytes, inodes) of a container's writable layer."""
+        return await self._usage.of(container_id)
+
+    async def fs_info(self) -> FsInfo:
+        """Usage of the image and container file systems."""
+        documents = sum(1 for _ in self._documents_dir.iterdir())
+        return await measure(self.root, self.snapshots, self._usage, documents + len(self._records))
+
+    # -- records ------------------------------------------------------------------------------------------------------------
+
+    def _record_path(self, image_id: str) -> Path:
+        return self._records_dir / f"{image_id.partition(':')[2]}.json"
+
+    def _save(self, record: Record) -> None:
+        try:
+            files.write_json(self._record_path(record.image.id), record)
+        except OSError as error:
+            raise Failure.wrap("record image", "write", error, str(self._records_dir)) from error
+
+    def _put(self, record: Record) -> None:
+        """Take a record in; its tags move here from the images that had them."""
+        mine = record.image.id
+        for tag in record.image.repo_tags:
+            other = self._names.get(tag, mine)
+            if other != mine:
+                loser = self._records[other]
+                left = tuple(t for t in loser.image.repo_tags if t != tag)
+                self._records[other] = replace(loser, image=replace(loser.image, repo_tags=left))
+                self._save(self._records[other])
+            self._names[tag] = mine
+        for digest in record.image.repo_digests:
+            self._names[digest] = mine
+        self._records[mine] = record
+
+    def _collect(self) -> None:
+        """Delete what no image, container or pull refers to."""
+        wanted = {c for r in self._records.values() for c in r.image.chain_ids} | set(self.pulls.keep)
+        self.snapshots.remove_except(wanted)
+        documents = {d.partition(":")[2] for r in self._records.values() for d in (r.config_digest, r.image.manifest_digest)}
+        for path in self._documents_dir.iterdir():
+            if path.name not in documents:
+                path.unlink()
+        self.snapshots.empty_trash()
+
+
+def _normal(pattern: str) -> str:
+    """A pin from the configuration: a reference like any other, or a pattern with ``*``."""
+    try:
+        return str(reference.parse(pattern))
+    except BadReference:
+        return pattern
+
+
+def _string(document: dict[str, Any], key: str) -> str:
+    value = document.get(key)
+    return value if isinstance(value, str) and value.isprintable() else ""

@@ -1,0 +1,222 @@
+"""The daemon's end of the unpack helper: starts it, feeds archives to it through pipes, waits for what it made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cri
+from shim.errors import Failure
+
+_PIPE = 1 << 20
+_ROOT = str(Path(cri.__file__).resolve().parent.parent)
+_CODE = "import sys; sys.path.append(sys.argv[1]); from cri.images.unpack_worker import main; main(int(sys.argv[2]))"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one layer may unpack to. The ratio guards against bombs, once more than ``free`` bytes are out."""
+
+    entries: int = 5_000_000
+    size: int = 512 << 30
+    ratio: int = 200
+    free: int = 1 << 30
+
+    def bytes_for(self, compressed: int) -> int:
+        return min(self.size, self.free + self.ratio * compressed)
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """A layer as it now lies in its directory."""
+
+    diff_id: str
+    archive: int  # bytes of the uncompressed archive
+    bytes: int  # on disk
+    inodes: int
+    entries: int
+    implicit: int = 0  # directories that still have to take after the layers below
+    dropped: int = 0  # extended attributes left out
+
+
+class Feed:
+    """The writing end of one archive's pipe. ``done`` becomes the Unpacked, or a Failure."""
+
+    def __init__(self, fd: int, number: int, done: asyncio.Future[Unpacked]) -> None:
+        self._fd, self.number, self.done = fd, number, done
+
+    async def write(self, chunk: bytes) -> bool:
+        """Pass bytes on, waiting while the pipe is full. False: the reader has given up, and ``done`` says why."""
+        view = memoryview(chunk)
+        while view:
+            try:
+                view = view[os.write(self._fd, view) :]
+            except BlockingIOError:
+                await self._writable()
+            except BrokenPipeError:
+                return False
+        return True
+
+    async def _writable(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+
+        def wake() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        loop.add_writer(self._fd, wake)
+        try:
+            await ready
+        finally:
+            loop.remove_writer(self._fd)
+
+    def close(self) -> None:
+        """End of the archive; also how an unpacking is abandoned."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Unpacker:
+    """One helper process. Close it; a daemon that dies takes it along."""
+
+    def __init__(self, process: asyncio.subprocess.Process, channel: socket.socket) -> None:
+        self._process, self._channel = process, channel
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._numbers = 0
+        asyncio.get_running_loop().add_reader(channel.fileno(), self._readable)
+
+    @classmethod
+    async def start(cls) -> Unpacker:
+        """Exec the helper: isolated from PYTHON* variables and the working directory, nothing in its environment."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-I",
+                "-c",
+                _CODE,
+                _ROOT,
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                cwd="/",
+                env={},
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        return cls(process, ours)
+
+    async def unpack(self, directory: Path, compressed: int, algorithm: str, limits: Limits) -> Feed:
+        """Begin to apply an archive of ``compressed`` bytes to the empty ``directory``."""
+        read, write = os.pipe2(os.O_CLOEXEC)
+        try:
+            with suppress(PermissionError):  # beyond the user's pipe allowance: the default 64 KiB works as well
+                fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, _PIPE)
+            os.set_blocking(write, False)
+            request = {"op": "unpack", "entries": limits.entries, "size": limits.bytes_for(compressed), "algorithm": algorithm}
+            number, answer = await self._send(request, (directory,), (read,))
+        except BaseException:
+            os.close(write)
+            raise
+        finally:
+            os.close(read)
+
+        async def finish() -> Unpacked:
+            return Unpacked(**await answer)
+
+        done = asyncio.ensure_future(finish())
+        done.add_done_callback(lambda f: f.cancelled() or f.exception())  # an abandoned archive's error is nobody's
+        return Feed(write, number, done)
+
+    async def settle(self, layer: int, directory: Path, snapshots: Path, below: Sequence[str]) -> None:
+        """Let implied directories of the layer unpacked as number ``layer`` take after ``below``, topmost first."""
+        _, answer = await self._send({"op": "settle", "layer": layer, "below": list(below)}, (directory, snapshots))
+        await answer
+
+    async def sync(self, directory: Path) -> None:
+        """syncfs(2), in a process that may block."""
+        _, answer = await self._send({"op": "sync"}, (directory,))
+        await answer
+
+    async def close(self) -> None:
+        """End the helper and its children, and reap it."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._channel.fileno())
+        self._channel.close()
+        self._fail("unpack helper was stopped")
+        with suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+    async def _send(
+        self, request: dict[str, Any], directories: Sequence[Path], fds: Sequence[int] = ()
+    ) -> tuple[int, asyncio.Future[dict[str, Any]]]:
+        loop = asyncio.get_running_loop()
+        self._numbers += 1
+        number = self._numbers
+        message = json.dumps({"id": number, **request}).encode()
+        opened: list[int] = []
+        try:
+            for directory in directories:
+                opened.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            for _ in range(200):
+                try:
+                    socket.send_fds(self._channel, [message], [*opened, *fds])
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(0.01)  # the helper is a few messages behind; there are as many as layers
+            else:
+                raise Failure("unpack", "send", message="helper does not read its socket")
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise Failure("unpack", "send", message="helper has ended") from error
+        finally:
+            for fd in opened:
+                os.close(fd)
+        self._waiting[number] = loop.create_future()
+        return number, self._waiting[number]
+
+    def _readable(self) -> None:
+        try:
+            message = self._channel.recv(1 << 17)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:
+            message = b""
+        if not message:
+            asyncio.get_running_loop().remove_reader(self._channel.fileno())
+            self._fail("unpack helper ended early")
+            return
+        answer = json.loads(message)
+        future = self._waiting.pop(answer["id"], None)
+        if future is None or future.done():
+            return
+        if "ok" in answer:
+            future.set_result(answer["ok"])
+        else:
+            error = answer["error"]
+            future.set_exception(
+                Failure("unpack layer", errno=error.get("errno"), path=error.get("path", ""), message=error.get("message", ""))
+            )
+
+    def _fail(self, why: str) -> None:
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(Failure("unpack layer", message=why))
+        self._waiting.clear()
