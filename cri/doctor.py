@@ -180,12 +180,14 @@ def _mount_of(path: Path) -> tuple[str, str]:
     """File system type and mount point of what a path is, or will be, on."""
     while not path.exists():
         path = path.parent
-    device = os.stat(path).st_dev
-    found = ("unknown", "/")
+    device, real = os.stat(path).st_dev, str(path.resolve())
+    found = ("unknown", "")
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         fields, tail = line.split(" - ")[0].split(), line.split(" - ")[1].split()
-        if fields[2] == f"{os.major(device)}:{os.minor(device)}":
-            found = (tail[0], fields[4])
+        point = fields[4]
+        inside = point == "/" or f"{real}/".startswith(f"{point}/")
+        if fields[2] == f"{os.major(device)}:{os.minor(device)}" and inside and len(point) >= len(found[1]):
+            found = (tail[0], point)
     return found
 
 
