@@ -57,14 +57,16 @@ class Prepared:
     empty: Spare | None = None
     pseudo: dict[str, tuple[int, int]] = field(default_factory=dict)  # "/proc", "/sys" → (mount fd, device number)
     late: list[int] = field(default_factory=list)  # mount fds that become read-only once everything is in place
+    own: dict[str, tuple[int, frozenset[str]]] = field(default_factory=dict)  # destination → (mount fd, names that we made in it)
 
     def close(self, keep: int = -1) -> None:
         """Every fd but ``keep``. The mounts that are attached stay."""
         spares = [spare.fd for spare in (self.null, self.empty) if spare is not None]
-        for fd in {self.root, *self.mounts.values(), *spares, *(fd for fd, _ in self.pseudo.values()), *self.late} - {keep, -1}:
+        made = (fd for table in (self.pseudo, self.own) for fd, _ in table.values())
+        for fd in {self.root, *self.mounts.values(), *spares, *made, *self.late} - {keep, -1}:
             os.close(fd)
         self.root, self.null, self.empty = -1, None, None
-        self.mounts, self.pseudo, self.late = {}, {}, []
+        self.mounts, self.pseudo, self.late, self.own = {}, {}, [], {}
 
 
 # ---- on the host's side
@@ -103,35 +105,32 @@ def _prepare_bind(prepared: Prepared, index: int, op: Bind, shm_fd: int | None, 
         prepared.mounts[index] = fd = shm_fd
         prepared.directories.add(index)
     else:
-        source = os.open(op.source, os.O_PATH | os.O_CLOEXEC)
-        try:
-            if op.propagation in (m.MS_SHARED, m.MS_SLAVE):
-                _require_peers(source, op)
-            if op.destination == "/proc" and m.fstatfs_type(source) != m.PROC_SUPER_MAGIC:
-                raise Failure(_PHASE, "mount", path=op.source, message="only a procfs may be mounted on /proc")
-            prepared.mounts[index] = fd = m.clone_mount(source, recursive=op.recursive)
-            if stat.S_ISDIR(os.fstat(source).st_mode):
-                prepared.directories.add(index)
-        finally:
-            os.close(source)
-    everywhere = op.recursive
-    on = op.set & ~m.MOUNT_ATTR_RDONLY if op.copyup else op.set
-    if not everywhere:
-        on |= op.recursive_set
-    off = op.clear & ~on if everywhere else (op.clear | op.recursive_clear) & ~on
-    if everywhere:
+        if op.propagation in (m.MS_SHARED, m.MS_SLAVE):
+            _require_peers(op)
+        flags = m.OPEN_TREE_CLONE | m.AT_RECURSIVE if op.recursive else m.OPEN_TREE_CLONE
+        prepared.mounts[index] = fd = m.open_tree(m.AT_FDCWD, op.source, flags)
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            prepared.directories.add(index)
+        if op.destination == "/proc" and m.fstatfs_type(fd) != m.PROC_SUPER_MAGIC:
+            raise Failure(_PHASE, "mount", path=op.source, message="only a procfs may be mounted on /proc")
+    on = op.set & ~m.MOUNT_ATTR_RDONLY if op.copyup else op.set  # copy-up has to write first
+    if op.recursive:
         m.mount_setattr(fd, set=op.recursive_set, clear=op.recursive_clear, propagation=op.propagation, recursive=True)
-        if on or off:
-            m.mount_setattr(fd, set=on, clear=off)
+        if on or op.clear:
+            m.mount_setattr(fd, set=on, clear=op.clear)
     else:
-        m.mount_setattr(fd, set=on, clear=off, propagation=op.propagation)
+        m.mount_setattr(fd, set=on | op.recursive_set, clear=op.clear | op.recursive_clear, propagation=op.propagation)
     if op.mappings is not None:
         m.mount_setattr(fd, userns_fd=namespaces.of(op.mappings), recursive=op.mappings_recursive)
 
 
-def _require_peers(source: int, op: Bind) -> None:
+def _require_peers(op: Bind) -> None:
     """Propagation from or to a mount that has no peers would be silently none at all: the kubelet's user expects an error."""
-    shared, slave = m.propagation_of(source)
+    source = os.open(op.source, os.O_PATH | os.O_CLOEXEC)
+    try:
+        shared, slave = m.propagation_of(source)
+    finally:
+        os.close(source)
     if op.propagation == m.MS_SHARED and not shared:
         hint = "run mount --make-rshared on the mount that the source is on"
         raise Failure(_PHASE, "mount", path=op.source, message="is not on a shared mount", hint=hint)
@@ -243,11 +242,13 @@ def _attach_filesystem(prepared: Prepared, rootfd: int, op: Filesystem, proc_fd:
         m.mount_setattr(fd, propagation=op.propagation)
     if op.destination == "/dev":
         prepared.null = Spare(os.open("null", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd), attached=True)
+    if late:
+        prepared.late.append(fd)
     if op.fstype in ("proc", "sysfs"):
         prepared.pseudo[op.destination] = fd, os.fstat(fd).st_dev
-    elif late:
-        prepared.late.append(fd)
-    else:
+    elif op.tree:
+        prepared.own[op.destination] = fd, frozenset(node.path for node in op.tree if node.kind != stat.S_IFLNK)
+    elif not late:
         os.close(fd)
 
 
@@ -255,6 +256,9 @@ def _target(prepared: Prepared, rootfd: int, destination: str, *, directory: boo
     """An O_PATH fd to mount on, made if missing."""
     if destination in _PROTECTED:
         return _protected_target(rootfd, destination[1:])
+    parent, _, name = destination.rpartition("/")
+    if parent in prepared.own and name in prepared.own[parent][1]:
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=prepared.own[parent][0])
     make = paths.mkdir_all_in_root if directory else paths.create_file_in_root
     fd = make(rootfd, destination)
     status = os.fstat(fd)
