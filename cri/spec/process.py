@@ -51,10 +51,17 @@ def env(config: v1.ContainerConfig, image: ImageConfig, hostname: str) -> tuple[
         field = f"config.envs[{i}]"
         if not pair.key or "=" in pair.key:
             raise InvalidArgument(f"{pair.key!r:.80} is not the name of a variable", field=f"{field}.key")
-        merged[strings.text(pair.key, f"{field}.key")] = strings.text(pair.value, f"{field}.value")
-    if "HOME" in merged:
-        strings.line(merged["HOME"], "config.envs[HOME]")
+        # Bytes in CRI: what is not UTF-8 travels as os.fsdecode's surrogates up to the execve.
+        merged[strings.text(pair.key, f"{field}.key")] = _value(pair.value, f"{field}.value").decode("utf-8", "surrogateescape")
+    if any(c in merged.get("HOME", "") for c in "\n\r"):  # CVE-2022-4318
+        raise InvalidArgument("HOME contains a newline", field="config.envs")
     return tuple(f"{name}={value}" for name, value in merged.items())
+
+
+def _value(value: bytes, field: str) -> bytes:
+    if b"\0" in value:
+        raise InvalidArgument("contains a NUL", field=field)
+    return value
 
 
 def cwd(config: v1.ContainerConfig, image: ImageConfig) -> str:

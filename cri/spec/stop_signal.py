@@ -55,5 +55,5 @@ def to_cri(number: int) -> v1.Signal:
 
 # Aliases come first so that the usual name of the number wins.
 _ALIASES = (v1.SIGNAL_SIGIOT, v1.SIGNAL_SIGCLD, v1.SIGNAL_SIGPOLL)
-_TO_CRI: dict[int, v1.Signal] = {from_cri(alias): alias for alias in _ALIASES}
-_TO_CRI.update({from_cri(s): s for _, s in v1.Signal.items() if s != v1.SIGNAL_RUNTIME_DEFAULT and s not in _ALIASES})
+_NAMED = tuple(getattr(v1, name) for name, _ in v1.Signal.items() if name != "SIGNAL_RUNTIME_DEFAULT")
+_TO_CRI: dict[int, v1.Signal] = {from_cri(s): s for s in (*_ALIASES, *(s for s in _NAMED if s not in _ALIASES))}

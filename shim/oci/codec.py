@@ -5,7 +5,8 @@ nothing in its children. Decoding is strict about types and silent about unknown
 reads as absent, as Go's encoder writes it for empty slices. Errors are ``Failure("decode", path="linux.resources.memory.limit")``.
 
 A NUL or a lone surrogate can only enter through a ``\\u`` escape (the bytes are decoded as strict UTF-8 and JSON forbids raw control
-characters), so the walk that refuses them runs only where the document has one.
+characters), so the walk that refuses them runs only where the document has one. One kind of string may carry bytes that are not UTF-8,
+because CRI says so: an environment entry, where they stand as surrogates U+DC80 to U+DCFF as in ``os.fsdecode``.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def encode(obj: object) -> bytes:
         _refuse_bad_strings(tree, "encode")
     try:
         return text.encode()
-    except UnicodeEncodeError:
+    except UnicodeEncodeError:  # only for lone surrogates
         _refuse_bad_strings(tree, "encode")
-        raise  # not reached: only a lone surrogate is not encodable
+        return json.dumps(tree, separators=(",", ":"), allow_nan=False).encode()
 
 
 def decode(cls: type[T], data: bytes | bytearray | memoryview) -> T:
@@ -123,9 +124,10 @@ def _refuse_bad_strings(tree: object, phase: str) -> None:
 
 
 def _refuse_bad_string(value: str, path: tuple[str | int, ...], phase: str) -> None:
+    raw = len(path) > 1 and path[-2] == "env"  # an item of Process.env or Hook.env
     if "\0" in value:
         raise Failure(phase, path=_dotted(path), message="string has a NUL")
-    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" and not (raw and "\udc80" <= c <= "\udcff") for c in value):
         raise Failure(phase, path=_dotted(path), message="string has a lone surrogate")
 
 

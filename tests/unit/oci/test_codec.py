@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from typing import Any
 
@@ -112,6 +113,18 @@ def test_bad_strings_are_not_encoded(bad: str) -> None:
     assert caught.value.path == "hostname"
     with pytest.raises(Failure):
         codec.encode(spec(annotations={bad: "x"}))
+
+
+def test_an_environment_may_hold_bytes_that_are_not_utf8() -> None:
+    raw = b"A=\xff\xfe \xc3\xa9"
+    s = spec(process=Process(("true",), env=(os.fsdecode(raw), "B=é")))
+    data = codec.encode(s)
+    data.decode()  # the file itself stays UTF-8
+    assert os.fsencode(codec.decode(Spec, data).process.env[0]) == raw
+    assert codec.decode(Spec, data) == s == codec.from_json(Spec, codec.to_json(s))
+    for bad in ("A=\ud800", "A=\udc7f", "A=\udd00", "A=\0"):
+        with pytest.raises(Failure, match="env"):
+            codec.encode(spec(process=Process(("true",), env=(bad,))))
 
 
 def test_escaped_text_that_looks_like_a_nul_is_kept() -> None:
