@@ -11,6 +11,7 @@ import array
 import errno
 import json
 import os
+import re
 import socket
 import struct
 from collections import deque
@@ -32,6 +33,7 @@ _ANCILLARY = socket.CMSG_SPACE((MAX_FDS + 1) * _INT)
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _SEALS = libc.SEAL_SEAL | libc.SEAL_SHRINK | libc.SEAL_GROW | libc.SEAL_WRITE
 _GET_SEALS = libc.F_ADD_SEALS + 1
+_BUFFER = memoryview(bytearray(INLINE))  # shared: each message is decoded before the next is read, by the one thread there is
 _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # ASCII only: lone surrogates stay escaped
 _decode = json.JSONDecoder().decode
 
@@ -76,7 +78,7 @@ def peer(sock: socket.socket) -> tuple[int, int, int]:
 class Connection:
     """One non-blocking end. Raises ``Closed`` when it is over; the caller then calls ``close``."""
 
-    __slots__ = ("_buffer", "_outbox", "_sock", "_view")
+    __slots__ = ("_outbox", "_sock")
 
     def __init__(self, sock: socket.socket) -> None:
         """Takes the socket over. Raises Closed for a peer of another user (an abstract or stray client)."""
@@ -86,8 +88,6 @@ class Connection:
         if uid not in (0, os.geteuid()):
             sock.close()
             raise Closed(f"peer has uid {uid}")
-        self._buffer = bytearray(INLINE)
-        self._view = memoryview(self._buffer)
         self._outbox: deque[tuple[bytes, tuple[int, ...]]] = deque()
 
     def fileno(self) -> int:
@@ -147,7 +147,7 @@ class Connection:
     def receive(self) -> Message | None:
         """The next message, None when there is none now."""
         try:
-            size, ancillary, flags, _ = self._sock.recvmsg_into((self._buffer,), _ANCILLARY, _FLAGS)
+            size, ancillary, flags, _ = self._sock.recvmsg_into((_BUFFER,), _ANCILLARY, _FLAGS)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -160,7 +160,7 @@ class Connection:
                 raise Closed("message truncated")
             if size == 0:
                 raise Closed("end of file")
-            body = decode(self._view[:size])
+            body = decode(_BUFFER[:size])
             if "memfd" in body:
                 if not fds:
                     raise Closed("payload without its memory file")
@@ -233,8 +233,11 @@ class Operation:
 
 
 _ID = {"id": str}
+_NAMES = frozenset({"id", "pod", "container", "target"})  # become parts of paths, so they may not leave their directory
+_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}").fullmatch
 OPERATIONS: dict[str, Operation] = {
     "hello": Operation({"version": int}, repeatable=True),
+    "settle": Operation({}, repeatable=True),
     "shutdown": Operation({}, {"force": bool}),
     "pod.create": Operation(_ID, fds=(1, 1)),
     "pod.adopt": Operation({"id": str, "names": list}, {"pid": int}, fds=(0, MAX_FDS), repeatable=True),
@@ -243,14 +246,15 @@ OPERATIONS: dict[str, Operation] = {
     "container.create": Operation(
         {"id": str, "pod": str, "tty": bool, "stdin": bool, "stdin_once": bool, "log_path": str}, {"target": str}, fds=(1, 1)
     ),
+    "container.console": Operation(_ID, fds=(1, 1), repeatable=True),
     "container.start": Operation(_ID),
     "container.kill": Operation({"id": str, "signal": int}, {"all": bool}, repeatable=True),
     "container.delete": Operation(_ID, repeatable=True),
     "container.update": Operation(_ID, fds=(1, 1), repeatable=True),
     "container.resize": Operation({"id": str, "height": int, "width": int}, repeatable=True),
-    "container.reaped": Operation({"id": str, "status": int}, repeatable=True),
+    "reaped": Operation({"pid": int, "status": int}, repeatable=True),
     "exec.start": Operation({"id": str, "container": str, "tty": bool, "fds": list}, fds=(1, 4)),
-    "exec.adopt": Operation({"id": str, "container": str, "pid": int, "starttime": int}, repeatable=True),
+    "exec.adopt": Operation({"id": str, "container": str, "pid": int}, fds=(1, 1), repeatable=True),
     "exec.kill": Operation({"id": str, "signal": int, "tree": bool}, repeatable=True),
     "exec.resize": Operation({"id": str, "height": int, "width": int}, repeatable=True),
     "log.reopen": Operation(_ID, repeatable=True),
@@ -263,11 +267,16 @@ def check(body: Mapping[str, Any], fds: int) -> Failure | None:
     operation = OPERATIONS.get(name) if isinstance(name, str) else None
     if body.get("v") != VERSION:
         return Failure("wire", message=f"version {body.get('v')!r}, this supervisor speaks {VERSION}")
+    if type(body.get("n")) is not int:
+        return Failure("wire", path="n", message="a request needs a number")
     if operation is None:
         return Failure("wire", message=f"unknown operation {str(name)[:64]!r}")
     for key, kind in operation.fields.items():
         if type(body.get(key)) is not kind:
             return Failure(str(name), "decode", path=key, message=f"not a {kind.__name__}")
+    for key in _NAMES & body.keys():
+        if not _NAME(str(body[key])):
+            return Failure(str(name), "decode", path=key, message="not an id")
     for key, kind in operation.optional.items():
         if key in body and type(body[key]) is not kind:
             return Failure(str(name), "decode", path=key, message=f"not a {kind.__name__}")

@@ -19,8 +19,8 @@ from typing import Any
 
 from shim import wire
 from shim.errors import Failure
-from shim.linux import libc, process
 from shim.stdio.framing import Clock, Framer
+from shim.stdio.lock import take_over
 from shim.stdio.logfile import LogFile
 
 READ = 256 * 1024  # bytes per read: stays in the second-level cache, so the copies of framing are cheap
@@ -28,7 +28,6 @@ _BUSY = 0.005  # s between two rounds below which a stream counts as busy
 _PAUSE = 0.002  # s for which a busy writer fills its FIFO before it is read again: few large reads instead of many small ones
 _RETRY = 0.25  # s between two tries to write after an error
 _PATIENCE = 5.0  # s of failing writes after which output is dropped, so that a full disk does not stop containers for good
-_LOCK = "stdio.lock"
 
 Streams = {"stdout": "stdout", "stderr": "stderr", "console": "stdout"}  # name of an end: stream in the log
 
@@ -72,7 +71,8 @@ class Stdio:
         self._control_poll.register(control.fileno(), select.POLLIN)
         self._buffer = memoryview(bytearray(READ))
         self._clock = Clock()
-        self._failing: set[Sink] = set()
+        self._failing: set[Sink] = set()  # those whose records are held back
+        self._next_retry = 0.0
         self._operations: dict[str, Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]] = {
             "add": self._add,
             "drain": self._drain,
@@ -80,6 +80,10 @@ class Stdio:
             "remove": self._remove,
         }
         self.stopping = False
+
+    def wake_on(self, fd: int) -> None:
+        """Leave the wait when ``fd`` is readable: a signal handler alone does not end epoll_wait (PEP 475)."""
+        self._outer.register(fd, select.EPOLLIN)
 
     def run(self) -> None:
         """Until ``stop`` or SIGTERM; then every unfinished line goes out as P."""
@@ -134,51 +138,52 @@ class Stdio:
         return count
 
     def _write(self, sink: Sink, records: bytes) -> None:
+        """Append; on an error keep the records and stop reading (the FIFO is the buffer), past ``_PATIENCE`` drop and count them."""
         if not records:
             return
-        if sink.failing_since:
-            self._hold(sink, records)
+        if sink in self._failing:
+            sink.waiting += records
             return
         try:
             sink.log.append(records)
         except OSError as error:
+            if sink.failing_since:
+                sink.dropped += records.count(b"\n")
+                return
             sink.failing_since = time.monotonic()
+            sink.waiting = records
             self._failing.add(sink)
+            for stream in sink.streams:
+                self._disarm(stream)
             self._event(sink, error)
-            self._hold(sink, records)
-
-    def _hold(self, sink: Sink, records: bytes) -> None:
-        """Keep records while the log cannot be written, and stop reading: the FIFO is the buffer. Past ``_PATIENCE`` drop them."""
-        if time.monotonic() - sink.failing_since > _PATIENCE:
-            sink.dropped += records.count(b"\n")
-            return
-        sink.waiting += records
-        for stream in sink.streams:
-            self._disarm(stream)
+        else:
+            if sink.failing_since:
+                self._recovered(sink)
 
     def _retry(self) -> None:
-        """Try sinks whose last write failed, and read them again once it works or patience is over."""
+        """Try logs that could not be written again; when patience is over, read on and drop."""
+        now = time.monotonic()
+        if now < self._next_retry:
+            return
+        self._next_retry = now + _RETRY
         for sink in list(self._failing):
             try:
-                sink.log.append(sink.waiting or b"")
-                if not sink.waiting:
-                    self._probe(sink)
+                sink.log.append(sink.waiting)
             except OSError:
-                if time.monotonic() - sink.failing_since <= _PATIENCE:
+                if now - sink.failing_since <= _PATIENCE:
                     continue
                 sink.dropped += sink.waiting.count(b"\n")
             else:
-                sink.failing_since = 0.0
-                self._failing.discard(sink)
-                self._event(sink, None)
-                sink.dropped = 0
+                self._recovered(sink)
             sink.waiting = b""
+            self._failing.discard(sink)
             for stream in sink.streams:
                 self._arm(stream)
 
-    def _probe(self, sink: Sink) -> None:
-        """Whether writing works again when there is nothing to write: reserve and give back one block."""
-        sink.log.probe()
+    def _recovered(self, sink: Sink) -> None:
+        sink.failing_since = 0.0
+        self._event(sink, None)
+        sink.dropped = 0
 
     def _arm(self, stream: Stream) -> None:
         if not stream.armed and stream.fd >= 0:
@@ -248,7 +253,7 @@ class Stdio:
             stream = Stream(sink, fd, Framer(Streams[name], crlf=name == "console"), capacity)
             sink.streams.append(stream)
             self._by_fd[fd] = stream
-            if not sink.failing_since:
+            if sink not in self._failing:
                 self._arm(stream)
         return {}
 
@@ -259,13 +264,13 @@ class Stdio:
             return {"complete": True}
         for stream in list(sink.streams):
             left = self._available(stream)
-            while stream.fd >= 0 and not sink.failing_since:
+            while stream.fd >= 0 and sink not in self._failing:
                 count = self._pump(stream)
                 left -= count
                 if count == 0 or left < 0:  # other processes may write for ever; what was there at the exit is read
                     break
             self._write(sink, stream.framer.finish(self._clock.now()))
-        return {"complete": not sink.failing_since}
+        return {"complete": sink not in self._failing}
 
     @staticmethod
     def _available(stream: Stream) -> int:
@@ -322,54 +327,8 @@ def serve(control: wire.Connection, state: int) -> None:
     stdio.wake_on(wake_read)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file size limit is an error of one write, not our end
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    gc.disable()  # nothing here makes cycles, and a collection would touch every shared page
+    gc.disable()  # nothing here makes cycles, and a collection would touch every page shared with the supervisor
     stdio.run()
     os.close(lock)
-
-
-def take_over(state: int) -> int:
-    """The lock of the one stdio of this state directory; an older one is asked, then forced, to let go. Returns the lock's fd.
-
-    Two readers of one FIFO would tear lines apart, so this waits; only one that cannot even be killed (stuck in a dead file system)
-    is left behind, since it can read nothing more either.
-    """
-    fd = os.open(_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=state)
-    for number, patience in ((None, 0.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
-        if number is not None:
-            _signal_holder(fd, number)
-        if _wait_lock(fd, patience):
-            break
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, b"%d %d\n" % (os.getpid(), process.starttime(os.getpid())), 0)
-    return fd
-
-
-def _wait_lock(fd: int, patience: float) -> bool:
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.005)
-        else:
-            return True
-
-
-def _signal_holder(fd: int, number: int) -> None:
-    fields = os.pread(fd, 64, 0).split()
-    if len(fields) != 2:
-        return  # it has the lock but has not written its name yet
-    try:
-        holder = libc.pidfd_open(int(fields[0]))
-    except ProcessLookupError:
-        return
-    try:
-        if process.starttime(int(fields[0])) == int(fields[1]):
-            libc.pidfd_send_signal(holder, number)
-    except (ProcessLookupError, FileNotFoundError):
-        return  # gone between the two looks
-    finally:
-        os.close(holder)

@@ -208,7 +208,7 @@ GOOD: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("op", GOOD)
 def test_table_accepts(op: str) -> None:
-    assert wire.check({"v": wire.VERSION, "op": op, **GOOD[op]}, 0) is None
+    assert wire.check({"v": wire.VERSION, "n": 1, "op": op, **GOOD[op]}, 0) is None
 
 
 @pytest.mark.parametrize(
@@ -216,14 +216,17 @@ def test_table_accepts(op: str) -> None:
     [
         ({"v": 2, "op": "hello", "version": 1}, 0),
         ({"op": "hello", "version": 1}, 0),
-        ({"v": 1, "op": "format.disk"}, 0),
-        ({"v": 1, "op": ["hello"]}, 0),
-        ({"v": 1}, 0),
-        ({"v": 1, "op": "container.kill", "id": "a", "signal": True}, 0),
-        ({"v": 1, "op": "container.kill", "id": "a", "signal": 9, "all": 1}, 0),
-        ({"v": 1, "op": "container.kill", "signal": 9}, 0),
-        ({"v": 1, "op": "container.update", "id": "a"}, 0),
-        ({"v": 1, "op": "pod.netlink", "id": "a"}, 1),
+        ({"v": 1, "n": 1, "op": "format.disk"}, 0),
+        ({"v": 1, "n": 1, "op": ["hello"]}, 0),
+        ({"v": 1, "n": 1}, 0),
+        ({"v": 1, "op": "pod.netlink", "id": "a"}, 0),
+        ({"v": 1, "n": 1, "op": "pod.netlink", "id": "../a"}, 0),
+        ({"v": 1, "n": 1, "op": "pod.netlink", "id": ""}, 0),
+        ({"v": 1, "n": 1, "op": "container.kill", "id": "a", "signal": True}, 0),
+        ({"v": 1, "n": 1, "op": "container.kill", "id": "a", "signal": 9, "all": 1}, 0),
+        ({"v": 1, "n": 1, "op": "container.kill", "signal": 9}, 0),
+        ({"v": 1, "n": 1, "op": "container.update", "id": "a"}, 0),
+        ({"v": 1, "n": 1, "op": "pod.netlink", "id": "a"}, 1),
     ],
 )
 def test_table_refuses(body: dict[str, Any], fds: int) -> None:

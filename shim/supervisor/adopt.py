@@ -1,0 +1,203 @@
+"""Taking over what an earlier supervisor left: containers by pid and start time, pods by pins, living containers and the daemon's fds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Collection
+from typing import Any
+
+from shim import cgroups
+from shim.cgroups import oom
+from shim.errors import Failure
+from shim.linux import libc
+from shim.linux import process as processes
+from shim.oci import bundle as bundles
+from shim.oci.bundle import ExitRecord
+from shim.runtime.channel import Channel
+from shim.supervisor import exits
+from shim.supervisor.children import Process
+from shim.supervisor.containers import open_ends, watch_oom
+from shim.supervisor.logs import Logs
+from shim.supervisor.request import Request
+from shim.supervisor.restore import Restore
+from shim.supervisor.table import RECORD, RECORD_VERSION, Container, Core, Pod
+
+_LIMIT = 1 << 20  # bytes of a record
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def adopt(core: Core, logs: Logs) -> None:
+    """Fill the table from the records. A record that cannot be read costs its container, which is logged, and nobody else."""
+    for kind, one in (("pods", _pod), ("containers", _container)):
+        for name in sorted(_names(core, kind)):
+            try:
+                one(core, logs, name)
+            except (Failure, OSError, ValueError, KeyError, TypeError) as error:
+                core.log(f"cannot adopt {kind}/{name}: {type(error).__name__}: {error}")
+
+
+async def watch_groups(core: Core) -> None:
+    """Open the OOM fds of adopted containers, which takes children."""
+    for container in list(core.table.containers.values()):
+        if container.exit is None and container.oom is None and container.group is not None:
+            try:
+                _, fds = await core.children.call(WatchOom(container.group), "watch oom")
+                watch_oom(core, container, [fds[name] for name in sorted(fds)])
+            except Failure as failure:
+                core.log(f"container {container.id}: {failure}")
+
+
+async def settle(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """The daemon has handed over all it had: get the namespaces of pods that are still incomplete from elsewhere."""
+    for pod in list(core.table.pods.values()):
+        if not pod.ready or "mount" not in pod.fds:
+            try:
+                await _restore(core, pod)
+            except Failure as failure:
+                core.log(f"pod {pod.id}: {failure}")
+    return {"incomplete": [pod.id for pod in core.table.pods.values() if not pod.ready]}
+
+
+class WatchOom:
+    """A job that opens a group's OOM fds."""
+
+    def __init__(self, group: cgroups.Group) -> None:
+        self._group = group
+        self.keep: Collection[int] = ()
+
+    def __call__(self, channel: Channel) -> None:
+        fds = oom.watch(self._group)
+        channel.send({"ok": {"fds": [f"oom{i}" for i in range(len(fds))]}}, fds)
+
+
+def _names(core: Core, kind: str) -> list[str]:
+    try:
+        fd = os.open(kind, _DIRECTORY, dir_fd=core.state)
+    except FileNotFoundError:
+        return []
+    try:
+        return os.listdir(fd)
+    finally:
+        os.close(fd)
+
+
+def _record(core: Core, directory: int) -> dict[str, Any] | None:
+    """The adoption record; None where there is none, or one of an earlier boot."""
+    try:
+        fd = os.open(RECORD, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
+    except FileNotFoundError:
+        return None
+    try:
+        record = json.loads(os.read(fd, _LIMIT))
+    finally:
+        os.close(fd)
+    if record["version"] != RECORD_VERSION:
+        raise ValueError(f"record version {record['version']}")
+    return record if record["boot_id"] == core.boot_id else None
+
+
+def _process(core: Core, record: dict[str, Any]) -> Process | None:
+    """The process of a record if it has not been reaped; the pidfd is opened before the start time is compared."""
+    pid = record["pid"]
+    if not pid:
+        return None
+    try:
+        pidfd = libc.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    try:
+        same = processes.starttime(pid) == record["starttime"]
+    except (FileNotFoundError, ProcessLookupError):
+        same = False
+    if not same:
+        os.close(pidfd)
+        return None
+    return Process(core.children, pid, pidfd)
+
+
+def _pod(core: Core, logs: Logs, name: str) -> None:
+    directory = os.open(f"pods/{name}", _DIRECTORY, dir_fd=core.state)
+    record = _record(core, directory)
+    if record is None:
+        os.close(directory)
+        return
+    pod = core.table.pods[name] = Pod(name, directory)
+    pod.init, pod.starttime = _process(core, record), record["starttime"]
+    pod.group = cgroups.Group.from_json(record["cgroup"]) if record["cgroup"] else None
+    if "network" in record["names"]:
+        try:
+            pod.fds["network"] = os.open(f"netns/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=core.state)
+        except FileNotFoundError:
+            core.log(f"pod {name}: its network namespace is not pinned any more")
+    if "pid" in record["names"] and pod.init is not None:
+        pod.fds["pid"] = os.open(f"{pod.init.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=core.context.proc)
+
+
+async def _restore(core: Core, pod: Pod) -> None:
+    donor = next((c.process for c in core.table.containers.values() if c.pod == pod.id and c.process is not None and c.exit is None), None)
+    job = Restore(core.context, pod.directory, dict(pod.fds), donor.pidfd if donor else None, donor.pid if donor else 0)
+    _, fds = await core.children.call(job, "restore pod")
+    for name, fd in fds.items():
+        if name in pod.fds:  # the daemon was faster
+            os.close(fd)
+        else:
+            pod.fds[name] = fd
+    pod.ready = True
+
+
+def _container(core: Core, logs: Logs, name: str) -> None:
+    bundle = os.open(f"containers/{name}", _DIRECTORY, dir_fd=core.state)
+    record = _record(core, bundle)
+    if record is None:  # never created, deleted, or of an earlier boot: the daemon deletes what is left
+        os.close(bundle)
+        return
+    container = Container(
+        name, record["pod"], bundle, f"{core.state_path}/containers/{name}", record["tty"], record["stdin"], record["stdin_once"],
+        record["log_path"], core.loop.future()
+    )  # fmt: skip
+    container.own_pids, container.user, container.hooks = record["own_pids"], record["user"], tuple(record["hooks"])
+    container.group = cgroups.Group.from_json(record["cgroup"]) if record["cgroup"] else None
+    container.started_at, container.starttime = record["started_at"], record["starttime"]
+    core.table.containers[name] = container
+    container.exit = bundles.read_exit(bundle)
+    if container.exit is not None:
+        container.over.set(None)
+        return
+    container.process = _process(core, record)
+    open_ends(container)
+    if not container.tty:  # a terminal's other end comes from the daemon, see ``take_console``
+        logs.add(container)
+    if not container.started_at:
+        # Its launcher's channel died with the earlier supervisor: it can never be started.
+        container.start_error = Failure("start container", message="its supervisor died before it was started")
+    if container.process is None:
+        core.loop.start(_gone(core, logs, container, record["pid"]))
+        return
+    exits.watch(core, logs, container)
+    if not container.started_at:
+        container.process.signal(signal.SIGKILL)
+
+
+async def _gone(core: Core, logs: Logs, container: Container, pid: int) -> None:
+    """It ended and was reaped while nobody of ours was there. Only the daemon may have its status."""
+    finished = time.time_ns()
+    ended = await exits.code_from_daemon(core, pid)
+    if container.start_error is not None:
+        exit = ExitRecord(128, finished, reason="StartError", message=str(container.start_error))
+    elif ended is not None:
+        exit = ExitRecord(ended.code, finished, signal=ended.signal)
+    else:
+        exit = ExitRecord(255, finished, reason="Unknown", message="ended while no supervisor was there")
+    await exits.record(core, logs, container, exit)
+
+
+async def take_console(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """A terminal's master that the daemon kept for us."""
+    container = core.table.container(request.id)
+    if "console" not in container.ends and container.exit is None:
+        container.ends["console"] = request.take(0)
+        await logs.add(container)
+    return {}

@@ -1,0 +1,243 @@
+"""The supervisor's children: jobs with a channel, processes with a pidfd, and strays that nobody knows."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from shim import wire
+from shim.errors import Failure
+from shim.linux import libc
+from shim.runtime import launch
+from shim.runtime.slots import PidSlots
+from shim.supervisor.loop import CHILDREN, EXIT, Future, Loop
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a process ended; ``signal`` is 0 for an exit with ``code``."""
+
+    code: int
+    signal: int = 0
+
+    @classmethod
+    def from_waitid(cls, result: libc.Exit) -> Ended:
+        return cls(result.status) if result.code == os.CLD_EXITED else cls(128 + result.status, result.status)
+
+    @classmethod
+    def from_status(cls, status: int) -> Ended:
+        """From a wait status."""
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        return cls(128 + number, number) if number else cls(os.WEXITSTATUS(status))
+
+    def __str__(self) -> str:
+        return f"signal {self.signal}" if self.signal else f"exit code {self.code}"
+
+
+class Process:
+    """A process watched by pidfd. ``ended`` is None in it where somebody else is the parent: see ``exits``."""
+
+    __slots__ = ("_children", "ended", "pid", "pidfd")
+
+    def __init__(self, children: Children, pid: int, pidfd: int) -> None:
+        self._children, self.pid, self.pidfd = children, pid, pidfd
+        self.ended: Future[Ended | None] = Future(children.loop)
+        children.known[pid] = self
+        children.loop.add(pidfd, self.check, EXIT)
+
+    def check(self) -> None:
+        """Reap it if it has ended."""
+        try:
+            result = libc.waitid_pidfd(self.pidfd)
+        except ChildProcessError:
+            self._finish(None)
+            return
+        if result is not None:
+            self._finish(Ended.from_waitid(result))
+
+    def _finish(self, ended: Ended | None) -> None:
+        self._children.loop.remove(self.pidfd)
+        if self._children.known.get(self.pid) is self:
+            del self._children.known[self.pid]
+        self.ended.set(ended)
+
+    def signal(self, number: int) -> bool:
+        """False when it has ended already."""
+        if self.pidfd < 0:
+            return False
+        try:
+            libc.pidfd_send_signal(self.pidfd, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def close(self) -> None:
+        if self.pidfd >= 0:
+            self._children.loop.remove(self.pidfd)
+            if self._children.known.get(self.pid) is self:
+                del self._children.known[self.pid]
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class Job:
+    """A child that runs one job of ``shim.runtime``: its messages in order, then None at end of file."""
+
+    __slots__ = ("_connection", "_inbox", "_loop", "_over", "_waiter", "process", "title")
+
+    def __init__(self, children: Children, child: launch.Child, title: str) -> None:
+        self._loop, self.title = children.loop, title
+        self.process = Process(children, child.pid, child.pidfd)
+        self.process.ended.then(self.process.close)
+        self._connection = wire.Connection(child.channel)
+        self._inbox: deque[wire.Message] = deque()
+        self._over = False
+        self._waiter: Future[None] | None = None
+        self._loop.add(self._connection.fileno(), self._receive)
+
+    def _receive(self) -> None:
+        try:
+            while (message := self._connection.receive()) is not None:
+                self._inbox.append(message)
+        except wire.Closed:
+            self._over = True
+            self._loop.remove(self._connection.fileno())
+        if self._waiter is not None and (self._inbox or self._over):
+            self._waiter.set(None)
+
+    def send(self, body: dict[str, Any]) -> None:
+        """To a child that has died, nothing is sent: its end of file tells."""
+        try:
+            self._connection.send(body)
+        except wire.Closed:
+            return
+
+    async def message(self) -> wire.Message | None:
+        """The next message, whose fds become the caller's; None once the child has closed its end."""
+        while not self._inbox and not self._over:
+            self._waiter = Future(self._loop)
+            await self._waiter
+        return self._inbox.popleft() if self._inbox else None
+
+    async def answer(self) -> tuple[dict[str, Any], dict[str, int]]:
+        """The ``ok`` of the next message and its fds by name. Raises the child's Failure, or one that says how it died."""
+        message = await self.message()
+        if message is None:
+            ended = await self.process.ended
+            raise Failure(self.title, message=f"child died: {ended}")
+        return self.unpack(message)
+
+    def unpack(self, message: wire.Message) -> tuple[dict[str, Any], dict[str, int]]:
+        """``answer`` for a message that has been taken."""
+        body, fds = message
+        if "ok" not in body:
+            message.close()
+            raise Failed(body)
+        names = body["ok"].get("fds", ())
+        if len(names) != len(fds):
+            message.close()
+            raise Failure(self.title, message=f"child sent {len(fds)} fds for {len(names)} names")
+        return body["ok"], dict(zip(names, fds, strict=True))
+
+    def close(self) -> None:
+        """Close the channel; the child is reaped when it ends."""
+        self._loop.remove(self._connection.fileno())
+        self._connection.close()
+        for message in self._inbox:
+            message.close()
+        self._inbox.clear()
+
+
+class Failed(Failure):
+    """A child's Failure, with the whole message: it may name what the child left to be removed."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        failure = Failure.from_json(body.get("error", {"message": "child sent no answer"}))
+        super().__init__(
+            failure.phase, failure.operation, errno=failure.errno, path=failure.path, message=failure.message, hint=failure.hint
+        )
+        self.body = body
+
+
+class Children:
+    """Everything this process is the parent of."""
+
+    def __init__(self, loop: Loop, slots: PidSlots, birthplace: int | None = None) -> None:
+        self.loop, self.slots = loop, slots
+        self.known: dict[int, Process] = {}
+        self._launching: set[int] = set()  # slots in use
+        self._birthplace = birthplace
+
+    def run(self, job: launch.Job, title: str, cgroup: int | None = None) -> Job:
+        """Fork ``job``. Raises Failure."""
+        try:
+            child = launch.spawn(job, title=f"cri-shim: {title}", cgroup=cgroup)
+        except OSError as error:
+            raise Failure.wrap(title, "clone3", error) from error
+        return Job(self, child, title)
+
+    async def call(self, job: launch.Job, title: str) -> tuple[dict[str, Any], dict[str, int]]:
+        """Run ``job`` to its answer."""
+        running = self.run(job, title)
+        try:
+            return await running.answer()
+        finally:
+            running.close()
+
+    def take_slot(self) -> int:
+        slot = self.slots.take()
+        if slot is None:
+            raise Failure("launch", message="too many launches in flight")
+        self._launching.add(slot)
+        return slot
+
+    def adopt_slot(self, slot: int) -> Process | None:
+        """The process whose pid the kernel wrote into ``slot``, ours by CLONE_PARENT; None if nothing was forked. Frees the slot."""
+        pid = self.slots.pid(slot)
+        try:
+            return Process(self, pid, libc.pidfd_open(pid)) if pid else None
+        finally:
+            self.release_slot(slot)
+
+    def release_slot(self, slot: int) -> None:
+        self._launching.discard(slot)
+        self.slots.release(slot)
+
+    def reap_strays(self) -> None:
+        """Reap orphans that came to us as subreaper. A zombie that is known, or about to be, is left to its owner."""
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if found is None:
+                return
+            process = self.known.get(found.si_pid)
+            if process is not None:
+                process.check()
+            elif any(self.slots.pid(slot) == found.si_pid for slot in self._launching):
+                return  # the launch ends with adopt_slot, and its exit brings us back here
+            else:
+                os.waitid(os.P_PID, found.si_pid, os.WEXITED | os.WNOHANG)
+
+
+def watch_signals(loop: Loop, fd: int, handler: Callable[[int], None]) -> None:
+    """Deliver signals of a signalfd after everything else of a batch: exits that have a pidfd are handled by then."""
+
+    def read() -> None:
+        try:
+            data = os.read(fd, 128 * 16)
+        except BlockingIOError:
+            return
+        for offset in range(0, len(data), 128):
+            handler(int.from_bytes(data[offset : offset + 4], "little"))
+
+    loop.add(fd, read, CHILDREN)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,0 +1,368 @@
+"""Operations on containers: create, start, kill, delete, update, resize, reopen its log."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import struct
+import termios
+import time
+from typing import Any
+
+from shim import cgroups
+from shim.cgroups import oom
+from shim.cgroups.group import checked_path
+from shim.cgroups.layout import Layout
+from shim.errors import Failure
+from shim.linux import process as processes
+from shim.oci import bundle as bundles
+from shim.oci.bundle import ExitRecord
+from shim.runtime import create as creating
+from shim.runtime import hooks, jobs
+from shim.supervisor import exits
+from shim.supervisor.children import Failed, Process
+from shim.supervisor.loop import OOM
+from shim.supervisor.logs import Logs
+from shim.supervisor.request import Request
+from shim.supervisor.table import Container, Core, forget, save
+
+_DEATH = 10.0  # s that delete waits for a killed container
+_PIPE = 1 << 20  # bytes: the largest that pipe-max-size allows everybody; more output fits while a reader of ours is away
+START_ERROR = 128  # exit code of a container whose program could not be run, as containerd reports it
+
+
+async def create(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """Everything up to the program's execve. Fails as a whole: nothing is left of a container that could not be created."""
+    body = request.body
+    if request.id in core.table.containers:
+        raise Failure("create container", errno=errno.EEXIST, path=request.id, message="the container exists")
+    pod = core.table.pod(body["pod"]).handles()
+    target = core.table.running(body["target"]).process if body.get("target") else None
+    bundle = request.take(0)
+    container = Container(
+        request.id, body["pod"], bundle, os.readlink(f"/proc/self/fd/{bundle}"), body["tty"], body["stdin"], body["stdin_once"],
+        body["log_path"], core.loop.future(), launch=core.loop.future()
+    )  # fmt: skip
+    core.table.containers[request.id] = container
+    try:
+        open_ends(container)
+        logging = None if container.tty else logs.add(container)
+        container.slot = core.children.take_slot()
+        job = creating.Container(
+            core.context, request.id, bundle, container.path, pod, container.slot,
+            target.pidfd if target else None, stdin_once=container.stdin_once
+        )  # fmt: skip
+        container.job = core.children.run(job, "create container")
+        await _created(core, container)
+        await (logs.add(container) if logging is None else logging)
+        save(core, bundle, container)
+    except BaseException as error:
+        await _undo_create(core, logs, container, error)
+        raise
+    finally:
+        if container.launch is not None:
+            container.launch.set(None)
+    exits.watch(core, logs, container)
+    if "console" in container.ends:
+        request.lent["console"] = container.ends["console"]  # for a successor of ours
+    return {"pid": container.pid, "starttime": container.starttime, "user": container.user}
+
+
+def open_ends(container: Container) -> None:
+    """Our ends of the bundle's FIFOs. They stay open here so that what is in them outlives any stdio."""
+    flags = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    if not container.tty:
+        for name in ("stdout", "stderr"):
+            fd = os.open(name, os.O_RDONLY | flags, dir_fd=container.bundle)
+            container.ends[name] = fd
+            try:
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PIPE)
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.EBUSY):  # above the user's soft limit: it stays small
+                    raise
+    if container.stdin:
+        container.ends["stdin"] = os.open("stdin", os.O_RDWR | flags, dir_fd=container.bundle)
+
+
+async def _created(core: Core, container: Container) -> None:
+    """Follow the job to its answer, running host hooks as it asks for them."""
+    job = container.job
+    assert job is not None
+    while (message := await job.message()) is not None and "hooks" in message.body:
+        stage, pid = message.body["hooks"], message.body["pid"]
+        try:
+            await run_hooks(core, container, stage, pid)
+        except Failure as failure:
+            job.send({"hooks": "failed", "error": failure.to_json()})
+        else:
+            job.send({"hooks": "ok"})
+    if message is None:
+        raise Failure("create container", path=container.id, message=f"child died: {await job.process.ended}")
+    facts, fds = job.unpack(message)
+    if "console" in fds:
+        container.ends["console"] = fds.pop("console")
+        os.set_blocking(container.ends["console"], False)
+    container.group = cgroups.Group.from_json(facts["cgroup"])
+    watch_oom(core, container, [fds[name] for name in sorted(fds)])
+    container.user, container.hooks = facts["user"], tuple(facts.get("hooks", ()))
+    if facts["pid"]:
+        container.own_pids = True
+        container.process, container.slot = core.children.adopt_slot(_slot(container)), None
+        container.starttime = processes.starttime(container.pid)
+
+
+def _slot(container: Container) -> int:
+    if container.slot is None:
+        raise Failure("container", path=container.id, message="has no launch slot")
+    return container.slot
+
+
+def watch_oom(core: Core, container: Container, fds: list[int]) -> None:
+    """Count the group's OOM kills; the fds were opened by the child that made the group."""
+    if container.group is None or not fds:
+        for fd in fds:
+            os.close(fd)
+        return
+    watch = container.oom = oom.OomWatch(container.group.version, fds)
+
+    def changed() -> None:
+        before = container.oom_kills
+        container.oom_kills = max(before, watch.read())
+        if container.oom_kills > before and container.exit is None:
+            core.publish({"event": "container.oom", "id": container.id})
+
+    core.loop.add(watch.fileno(), changed, OOM, watch.mask)
+
+
+def unwatch_oom(core: Core, container: Container) -> None:
+    if container.oom is not None:
+        core.loop.remove(container.oom.fileno())
+        container.oom.close()
+        container.oom = None
+
+
+async def run_hooks(core: Core, container: Container, stage: str, pid: int) -> None:
+    job = hooks.HooksJob(container.bundle, stage, container.id, pid, container.path, core.context.inherited)
+    await core.children.call(job, f"{stage} hooks")
+
+
+async def _undo_create(core: Core, logs: Logs, container: Container, error: BaseException) -> None:
+    """Kill and remove what there is of a container whose creation failed."""
+    if container.job is not None:
+        container.job.process.signal(signal.SIGKILL)
+    process = container.process
+    if container.slot is not None:
+        process, container.slot = core.children.adopt_slot(container.slot), None
+    if process is not None:
+        process.signal(signal.SIGKILL)
+        await core.loop.within(process.ended, _DEATH)
+        process.close()
+    container.process = None
+    group = container.group
+    if group is None and isinstance(error, Failed) and error.body.get("cgroup"):
+        group = cgroups.Group.from_json(error.body["cgroup"])
+    await remove_cgroup(core, group, container.id)
+    await _discard(core, logs, container)
+
+
+async def remove_cgroup(core: Core, group: cgroups.Group | None, name: str) -> None:
+    """Remove a group after something else has failed; its own failure is logged, so that the first one is what is reported."""
+    if group is None:
+        return
+    try:
+        await core.children.call(jobs.KillAll(group), "kill cgroup")
+        await core.children.call(jobs.RemoveCgroup(group), "remove cgroup")
+    except Failure as failure:
+        core.log(f"container {name}: {failure}")
+
+
+async def _discard(core: Core, logs: Logs, container: Container) -> None:
+    unwatch_oom(core, container)
+    await core.loop.within(logs.ask("remove", container.id), 2.0)
+    core.table.containers.pop(container.id, None)
+    container.close()
+
+
+async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """Let the program run. On a failure the container has exited with ``START_ERROR`` and the reason."""
+    container = core.table.container(request.id)
+    job = container.job
+    if job is None or container.user is None or container.exit is not None or container.starting is not None:
+        raise Failure("start container", path=request.id, message="is not in the created state")
+    container.starting = core.loop.future()
+    try:
+        job.send({"start": True})
+        message = await job.message()
+        job.close()
+        container.job = None
+        forked = None
+        if container.slot is not None:
+            forked, container.slot = core.children.adopt_slot(container.slot), None
+        if message is not None or (forked is None and container.process is None):
+            await _start_failed(core, logs, container, message.body if message else {}, forked)
+        container.process = container.process or forked
+        if forked is not None:
+            container.starttime = processes.starttime(forked.pid)
+        container.started_at = time.time_ns()
+        save(core, container.bundle, container)
+    finally:
+        container.starting.set(None)
+    if forked is not None:
+        exits.watch(core, logs, container)
+    if "poststart" in container.hooks:
+        core.loop.start(_poststart(core, container))
+    return {"pid": container.pid, "starttime": container.starttime, "started_at": container.started_at}
+
+
+async def _start_failed(core: Core, logs: Logs, container: Container, body: dict[str, Any], forked: Process | None) -> None:
+    failure = Failure.from_json(body.get("error", {"phase": "start container", "message": "child died before the program ran"}))
+    container.start_error = failure
+    if forked is not None:
+        await core.loop.within(forked.ended, _DEATH)
+        forked.close()
+    if container.process is None:
+        await exits.record(core, logs, container, ExitRecord(START_ERROR, time.time_ns(), reason="StartError", message=str(failure)))
+    raise failure
+
+
+async def _poststart(core: Core, container: Container) -> None:
+    """A poststart hook that fails is only worth a warning (runtime.md#lifecycle)."""
+    try:
+        await run_hooks(core, container, "poststart", container.pid)
+    except Failure as failure:
+        core.log(f"container {container.id}: {failure}")
+
+
+async def kill(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """Signal the first process, or with ``all`` SIGKILL everything in the cgroup. Nothing happens to one that has exited."""
+    container = core.table.container(request.id)
+    if request.body.get("all") and container.group is not None:
+        await core.children.call(jobs.KillAll(container.group), "kill container")
+    elif container.process is not None:
+        container.process.signal(request.body["signal"])
+    elif container.job is not None:
+        container.job.process.signal(signal.SIGKILL)  # created, with the program still to be forked: nothing of it can handle signals
+    return {}
+
+
+async def delete(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """Kill it if it lives, release all it had. Safe to repeat, and for a container that was never known."""
+    container = core.table.containers.get(request.id)
+    if container is None:
+        await _delete_leftovers(core, request.id)
+        return {}
+    if container.launch is not None and not container.launch.done:
+        if container.job is not None:
+            container.job.process.signal(signal.SIGKILL)
+        await core.loop.within(container.launch, _DEATH)
+        if request.id not in core.table.containers:
+            return {}
+    await _end(core, logs, container)
+    if "poststop" in container.hooks:
+        try:
+            await run_hooks(core, container, "poststop", 0)
+        except Failure as failure:
+            core.log(f"container {container.id}: {failure}")
+    if container.group is not None:
+        await core.children.call(jobs.RemoveCgroup(container.group), "delete container")
+    forget(container.bundle)
+    if core.table.containers.get(container.id) is container:
+        await _discard(core, logs, container)
+    return {}
+
+
+async def _end(core: Core, logs: Logs, container: Container) -> None:
+    """SIGKILL and wait, bounded: a process in D state is reported, not waited for."""
+    if container.exit is None and container.process is not None:
+        container.process.signal(signal.SIGKILL)
+        if not container.own_pids and container.group is not None:
+            await core.children.call(jobs.KillAll(container.group), "delete container")
+        if not await core.loop.within(container.over, _DEATH):
+            raise Failure(
+                "delete container", path=container.id, message=f"process {container.pid} is still there {_DEATH:g} s after SIGKILL"
+            )
+    elif container.job is not None:
+        job = container.job
+        job.process.signal(signal.SIGKILL)
+        await core.loop.within(job.process.ended, _DEATH)
+        if container.slot is not None:
+            core.children.release_slot(container.slot)
+            container.slot = None
+
+
+async def _delete_leftovers(core: Core, name: str) -> None:
+    """A container that died with an earlier supervisor in the middle of its creation: all it can have left is its cgroup."""
+    try:
+        bundle = os.open(f"containers/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=core.state)
+    except FileNotFoundError:
+        return
+    try:
+        await core.children.call(Leftovers(core, bundle), "delete container")
+        forget(bundle)
+    finally:
+        os.close(bundle)
+
+
+def group_at(layout: Layout, where: str) -> cgroups.Group:
+    """The group that ``cgroups.create`` makes at a path of the cgroupfs driver, whether or not it exists."""
+    path = checked_path(where)
+    if layout.version == 2:
+        return cgroups.Group(2, path, {"": layout.root + path})
+    return cgroups.Group(1, path, {controller: mount + path for controller, mount in layout.controllers.items()})
+
+
+class Leftovers:
+    """A job: find the cgroup that a bundle names, kill what is in it and remove it."""
+
+    def __init__(self, core: Core, bundle: int) -> None:
+        self._layout, self._bundle = core.context.layout, bundle
+        self.keep = (bundle,)
+
+    def __call__(self, channel: Any) -> None:
+        try:
+            where = bundles.load_spec(self._bundle).linux.cgroups_path
+        except Failure as failure:
+            if failure.errno != errno.ENOENT:
+                raise
+            where = ""
+        if where:
+            group = group_at(self._layout, where)
+            cgroups.kill(group)
+            cgroups.remove(group)
+        channel.send({"ok": {}})
+
+
+async def update(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    container = core.table.container(request.id)
+    if container.group is None:
+        raise Failure("update container", path=request.id, message="is being created")
+    await core.children.call(jobs.Update(core.context.layout, container.group, request.fds[0]), "update container")
+    return {}
+
+
+async def resize(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    console = core.table.container(request.id).ends.get("console")
+    if console is None:
+        raise Failure("resize", path=request.id, message="has no terminal")
+    set_size(console, request.body["height"], request.body["width"])
+    return {}
+
+
+def set_size(console: int, height: int, width: int) -> None:
+    """Raises Failure."""
+    if not (0 <= height < 1 << 16 and 0 <= width < 1 << 16):
+        raise Failure("resize", message=f"{height}x{width} is no terminal size")
+    try:
+        fcntl.ioctl(console, termios.TIOCSWINSZ, struct.pack("4H", height, width, 0, 0))
+    except OSError as error:
+        raise Failure.wrap("resize", "TIOCSWINSZ", error) from error
+
+
+async def reopen_log(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    container = core.table.container(request.id)
+    if container.exit is not None:
+        raise Failure("reopen log", path=request.id, message="the container has exited")
+    await logs.ask("reopen", container.id)
+    return {}

@@ -1,0 +1,92 @@
+"""Getting a pod's namespaces back when the processes that held them by fd are all gone.
+
+The network namespace is pinned and PID 1 is a process. ipc, uts and /dev/shm are those of any container of the pod that still lives
+(the donor); with none, nothing used them any more and they are made again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from shim.errors import Failure
+from shim.linux import libc, mount
+from shim.oci import bundle as bundles
+from shim.oci.sandbox import Sandbox
+from shim.oci.spec import NamespaceType
+from shim.runtime import namespaces, sysctl
+from shim.runtime.channel import Channel
+from shim.runtime.context import Context
+
+_SHARED = {NamespaceType.IPC: (libc.CLONE_NEWIPC, "ipc"), NamespaceType.UTS: (libc.CLONE_NEWUTS, "uts")}
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """A job: ``{"ok": {"fds": [names]}}`` with ``mount``, ``ipc`` and ``uts`` where the pod has them and ``have`` does not name them."""
+
+    context: Context
+    directory: int  # fd of the pod's state directory
+    have: dict[str, int]
+    donor: int | None = None  # pidfd
+    donor_pid: int = 0
+
+    @property
+    def keep(self) -> Collection[int]:
+        fds = {self.directory, *self.context.fds(), *self.have.values()}
+        return fds if self.donor is None else fds | {self.donor}
+
+    def __call__(self, channel: Channel) -> None:
+        sandbox = bundles.load_sandbox(self.directory)
+        if "network" in self.have:
+            libc.setns(self.have["network"], libc.CLONE_NEWNET)
+        fds = {}
+        for kind, (flag, file) in _SHARED.items():
+            if kind in sandbox.namespaces and kind.value not in self.have:
+                fds[kind.value] = self._shared(flag, file)
+        if self.donor is None and NamespaceType.UTS in sandbox.namespaces and sandbox.hostname and "uts" in fds:
+            libc.sethostname(sandbox.hostname)
+        if self.donor is None and fds:
+            sysctl.apply(self.context.proc, sandbox.sysctl)
+        if "mount" not in self.have:
+            fds["mount"] = self._mounts(sandbox)
+        channel.send({"ok": {"fds": list(fds)}}, tuple(fds.values()))
+
+    def _shared(self, flag: int, file: str) -> int:
+        if self.donor is None:
+            libc.unshare(flag)
+            return self._own(file)
+        fd = os.open(f"{self.donor_pid}/ns/{file}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc)
+        libc.pidfd_send_signal(self.donor, 0)  # it still lives, so the pid was its own when we opened the file
+        return fd
+
+    def _own(self, file: str) -> int:
+        return os.open(f"self/ns/{file}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc)
+
+    def _mounts(self, sandbox: Sandbox) -> int:
+        """The pod's small mount namespace, with the donor's /dev/shm at /shm."""
+        shm = self._donated_shm() if sandbox.shm_size and self.donor is not None else None
+        proc = namespaces.proc_of(self.have["pid"]) if "pid" in self.have else None
+        libc.setns(self.context.lean_mntns, libc.CLONE_NEWNS)
+        libc.unshare(libc.CLONE_NEWNS)
+        if sandbox.shm_size and shm is None:
+            options = {"source": "shm", "size": str(sandbox.shm_size), "mode": "1777"}
+            attributes = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
+            shm = mount.new_filesystem("tmpfs", options, attributes)
+        if shm is not None:
+            mount.attach(shm, "/shm")
+            os.close(shm)
+        if proc is not None:
+            mount.attach(proc, "/proc")
+            os.close(proc)
+        return self._own("mnt")
+
+    def _donated_shm(self) -> int:
+        """A clone of the donor's /dev/shm. The donor may have put anything there, which harms nobody but its own pod."""
+        assert self.donor is not None
+        try:
+            libc.setns(self.donor, libc.CLONE_NEWNS)
+            return mount.open_tree(libc.AT_FDCWD, "/dev/shm")
+        except OSError as error:
+            raise Failure.wrap("restore pod", "open_tree", error, "/dev/shm") from None

@@ -1,0 +1,128 @@
+"""Exec sessions: the daemon holds their pipes and consoles; here are only their processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+from shim import cgroups
+from shim.errors import Failure
+from shim.runtime import exec as running
+from shim.runtime import jobs
+from shim.supervisor import exits
+from shim.supervisor.children import Job, Process
+from shim.supervisor.containers import set_size
+from shim.supervisor.logs import Logs
+from shim.supervisor.request import Request
+from shim.supervisor.table import Container, Core, Session
+
+_STREAMS = ("stdin", "stdout", "stderr")
+
+
+async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """Run a process. The answer comes when its execve has succeeded and carries its pidfd and, for a terminal, the console."""
+    container = core.table.running(request.body["container"])
+    process, group = container.process, container.group
+    if process is None or group is None or request.id in core.table.sessions:
+        raise Failure("exec", path=request.id, message="the session exists")
+    names = request.body["fds"]
+    if len(names) != len(request.fds) or names[:1] != ["payload"] or not set(names[1:]) <= set(_STREAMS):
+        raise Failure("exec", path="fds", message="does not name the fds")
+    given = dict(zip(names, request.fds, strict=True))
+    slot = core.children.take_slot()
+    job: Job | None = None
+    fds: dict[str, int] = {}
+    try:
+        job = _launch(core, container, process.pidfd, group, given, slot)
+        _, fds = await job.answer()
+        message = await job.message()
+        forked = core.children.adopt_slot(slot)
+        slot = -1
+        if message is not None or forked is None:
+            await _failed(core, message.body if message else {}, forked)
+        assert forked is not None
+    except BaseException:
+        exits.close_all(list(fds.values()))
+        raise
+    finally:
+        if job is not None:
+            job.close()
+        if slot >= 0:
+            core.children.release_slot(slot)
+    session = Session(request.id, container, forked, fds.get("console"))
+    core.table.sessions[session.id] = session
+    forked.ended.then(lambda: core.loop.start(_ended(core, session)) and None)
+    request.lent["pidfd"] = forked.pidfd
+    if session.console is not None:
+        request.lent["console"] = session.console
+    return {"pid": forked.pid}
+
+
+def _launch(core: Core, container: Container, init: int, group: cgroups.Group, given: dict[str, int], slot: int) -> Job:
+    """Born in the container's cgroup where the kernel can (v2), else the child moves itself."""
+    if group.version == 2 and container.group_fd is None:
+        container.group_fd = cgroups.open_dir(group)
+
+    def job(born: bool) -> running.Exec:
+        streams = {name: given.get(name) for name in _STREAMS}
+        return running.Exec(core.context, group, init, container.bundle, given["payload"], slot, **streams, in_cgroup=born)
+
+    if container.group_fd is not None:
+        try:
+            return core.children.run(job(True), "exec", container.group_fd)
+        except Failure as failure:
+            if failure.errno not in (errno.EBUSY, errno.EOPNOTSUPP):  # a container that made domains of its own below
+                raise
+    return core.children.run(job(False), "exec")
+
+
+async def _failed(core: Core, body: dict[str, Any], forked: Process | None) -> None:
+    if forked is not None:
+        await core.loop.within(forked.ended, 2.0)
+        forked.close()
+    raise Failure.from_json(body.get("error", {"phase": "exec", "message": "child died before the program ran"}))
+
+
+async def _ended(core: Core, session: Session) -> None:
+    ended = session.process.ended.result()
+    if ended is None:
+        ended = await exits.code_of_adopted(core, session.process)
+    core.table.sessions.pop(session.id, None)
+    if ended is not None:  # otherwise the daemon, which holds the pidfd too, finds out
+        core.publish({"event": "exec.exit", "id": session.id, "exit_code": ended.code, "signal": ended.signal})
+    session.process.close()
+    if session.console is not None:
+        os.close(session.console)
+
+
+async def adopt(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """A session that an earlier supervisor started, by its pidfd: it can be killed again. Its exit is the daemon's to reap."""
+    container = core.table.container(request.body["container"])
+    if request.id in core.table.sessions:
+        return {}
+    process = Process(core.children, request.body["pid"], request.take(0))
+    session = core.table.sessions[request.id] = Session(request.id, container, process)
+    process.ended.then(lambda: core.loop.start(_ended(core, session)) and None)
+    return {}
+
+
+async def kill(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """Signal the process, or with ``tree`` also what came of it and nothing else of the container. One that has ended is fine."""
+    session = core.table.sessions.get(request.id)
+    if session is None:
+        return {}
+    process, group, number = session.process, session.container.group, request.body["signal"]
+    if request.body["tree"] and group is not None:
+        await core.children.call(jobs.KillTree(group, process.pidfd, process.pid, number), "kill exec")
+    else:
+        process.signal(number)
+    return {}
+
+
+async def resize(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    console = core.table.session(request.id).console
+    if console is None:
+        raise Failure("resize", path=request.id, message="has no terminal")
+    set_size(console, request.body["height"], request.body["width"])
+    return {}
