@@ -102,7 +102,10 @@ def _switch_on(ancestor: str, wanted: set[str]) -> dict[str, OSError]:
     try:
         files.write(file, " ".join(f"+{name}" for name in missing))
         return {}
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EBUSY, errno.EOPNOTSUPP):
+            # True of the group, not of one controller. Some alone would be taken even so, and turn it into a threaded domain.
+            return dict.fromkeys(missing, error)
         refused = {}
         for name in missing:  # one that is refused must not keep the others away
             try:
