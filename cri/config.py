@@ -16,8 +16,8 @@ from cri.errors import ConfigError
 
 DEFAULT_FILE = Path("/etc/cri-shim/config.toml")
 ENVIRONMENT_PREFIX = "CRI_SHIM_"
-#: Variables with our prefix that are not configuration: the file itself, and the failpoints of tests.
-ENVIRONMENT_OTHER = frozenset({"CRI_SHIM_CONFIG", "CRI_SHIM_FAILPOINTS"})
+#: Beginnings of variables with our prefix that are not configuration: the file itself, and the failpoints of tests.
+ENVIRONMENT_OTHER = ("CRI_SHIM_CONFIG", "CRI_SHIM_FAIL")
 #: sun_path with its NUL.
 SOCKET_PATH_MAX = 107
 
@@ -242,7 +242,7 @@ def _layers(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, A
     kinds = dict(leaves())
     variables = {variable(key): key for key in kinds}
     for name in sorted(environ):
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in ENVIRONMENT_OTHER:
+        if not name.startswith(ENVIRONMENT_PREFIX) or name.startswith(ENVIRONMENT_OTHER):
             continue
         if name not in variables:
             raise ConfigError(f"environment: {name} is not a variable of cri-shim")

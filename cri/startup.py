@@ -10,6 +10,7 @@ import fcntl
 import os
 import re
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,9 +84,11 @@ def serve(config: Config) -> int:
     directories(config)
     held = lock(config)
     log.setup(config.log.level, config.log.format)
-    connection = client.ensure(Path(config.state))
+    # The interpreter itself: the supervisor uses the standard library only, so no virtual environment is in its way.
+    python = Path(sys.executable).resolve()
+    link = client.ensure(Path(config.state), python, runtime_cgroup=config.cgroup.runtime_cgroup)
     from cri import daemon
 
-    code = daemon.main(config, connection)
+    code = daemon.main(config, link)
     del held
     return code

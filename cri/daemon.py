@@ -1,0 +1,168 @@
+"""The composition root: builds every part, hands each the parts it uses, serves until SIGTERM. Nothing else constructs anything.
+
+Imported only after the supervisor runs (``startup.serve``): from here on the process has threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+
+import grpc
+
+from cri.api import server
+from cri.api.image import ImageService
+from cri.api.interceptor import Edge, Observer
+from cri.api.runtime import Parts, RuntimeService
+from cri.config import Config
+from cri.containers.exits import Exits
+from cri.containers.model import Containers
+from cri.errors import StartError
+from cri.images.store import Images
+from cri.network.base import Network
+from cri.node import Node
+from cri.pods.model import Pods
+from cri.pods.recover import Recovery
+from cri.spec import host
+from cri.state.layout import Layout, boot_id
+from cri.supervisor import Supervisor
+from protos.runtime.v1 import api_pb2 as v1
+from shim import client
+from shim.cgroups import layout as cgroups
+
+#: Seconds for RPCs in flight after SIGTERM. Whatever takes longer is safe to cut short: it would be at a SIGKILL too.
+GRACE = 5.0
+
+log = logging.getLogger("cri.daemon")
+
+
+def main(config: Config, link: client.Link) -> int:
+    """Runs until SIGTERM or SIGINT. Containers, supervisor and stdio go on."""
+    if sys.version_info < (3, 12):
+        # Waits for CNI plugins and unpack helpers without a thread each; later Pythons do so by themselves.
+        asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
+    asyncio.run(_serve(config, link))
+    return 0
+
+
+async def _serve(config: Config, link: client.Link) -> None:
+    stop = asyncio.Event()
+    _signals(stop)
+    async with _parts(config, link) as (parts, recovery):
+        table = _handlers(config, parts)
+        recovery.load()
+        listening = await server.listen(config.socket, table)
+        settling = asyncio.create_task(recovery.settle(), name="recovery")
+        settling.add_done_callback(_report)
+        # What is alive now stays alive: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        _notify("READY=1")
+        log.info("serving", extra={"fields": {"socket": str(config.socket), "pid": os.getpid()}})
+        await stop.wait()
+        _notify("STOPPING=1")
+        log.info("stopping")
+        await listening.stop(GRACE)
+        config.socket.unlink(missing_ok=True)
+        settling.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _parts(config: Config, link: client.Link) -> AsyncIterator[tuple[Parts, Recovery]]:
+    """Everything that verbs collaborate with; closed in reverse."""
+    async with contextlib.AsyncExitStack() as stack:
+        layout = Layout(Path(config.root), Path(config.state))
+        layout.prepare()
+        supervisor = await Supervisor.start(link)
+        stack.push_async_callback(supervisor.close)
+        images = Images(layout.root / "images", config.images)
+        images.load()
+        stack.push_async_callback(images.close)
+        network = _network(config, layout)
+        stack.push_async_callback(network.close)
+        pods = Pods(layout)
+        containers = Containers(layout, pods)
+        stack.callback(containers.flush)
+        exits = Exits(containers, supervisor)
+        supervisor.on_exit, supervisor.on_oom = exits.reported, exits.out_of_memory
+        parts = Parts(pods, containers, supervisor, images, network, Node.of(config, _host(config)))
+        yield parts, Recovery(pods, containers, supervisor, network, images, exits)
+
+
+def _host(config: Config) -> host.HostFacts:
+    layout = cgroups.detect()
+    if config.cgroup.driver == "systemd":
+        raise StartError('cgroup.driver: "systemd" is not built in this version; use "cgroupfs", in the kubelet too')
+    if layout.version == 1:
+        swap = Path(layout.controllers.get("memory", "/nonexistent"), "memory.memsw.limit_in_bytes").exists()
+    else:
+        # The root group has no such file; the supervisor's own group is there by now.
+        swap = Path(layout.root + config.cgroup.runtime_cgroup, "memory.swap.max").exists()
+    return host.detect(cgroup_version=layout.version, cgroup_driver="cgroupfs", controllers=frozenset(layout.controllers), swap=swap)
+
+
+def _network(config: Config, layout: Layout) -> Network:
+    if config.network.mode == "bridge":
+        from cri.network.bridge import BridgeNetwork
+
+        return BridgeNetwork(layout.root / "network", subnets=config.network.subnets, boot_id=boot_id())
+    from cri.network.absent import AbsentNetwork
+
+    return AbsentNetwork('CNI is not built in this version; set mode = "bridge" under [network]')
+
+
+def _handlers(config: Config, parts: Parts) -> Mapping[str, grpc.RpcMethodHandler[bytes, bytes]]:
+    observe: Observer | None = None
+    if config.metrics.listen:
+        from cri import metrics
+
+        observe = metrics.listen(config.metrics.listen)
+    edge = Edge(config.log.format, config.log.level, polls=config.log.polls, observe=observe)
+    services = v1.DESCRIPTOR.services_by_name
+    return {
+        **edge.handlers(RuntimeService(parts), services["RuntimeService"]),
+        **edge.handlers(ImageService(parts.images), services["ImageService"]),
+    }
+
+
+def _signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGUSR1, _dump)
+    # Before ours, and from C: it works while the loop is stuck, which is when one wants to know.
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=True)
+
+
+def _dump() -> None:
+    """Where each task waits; the threads' stacks have been written already."""
+    tasks = asyncio.all_tasks()
+    for task in sorted(tasks, key=lambda t: t.get_name()):
+        task.print_stack(limit=8, file=sys.stderr)
+    log.info("dumped", extra={"fields": {"tasks": len(tasks)}})
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.error("%s failed", task.get_name(), exc_info=error)
+
+
+def _notify(state: str) -> None:
+    """sd_notify(3); nothing without systemd."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+        try:
+            sender.sendto(state.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
+        except OSError as error:
+            log.warning("systemd cannot be notified: %s", error)
