@@ -12,6 +12,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.daemon.harness import Daemon, Node
+    from tests.registry import DockerRegistry
 
 NEEDS_ROOT = ("kernel", "daemon", "attacks", "faults", "conformance")
 TESTS = Path(__file__).resolve().parent
@@ -67,3 +68,26 @@ def daemon(node: Node) -> Iterator[Daemon]:
 
     with running(node) as daemon:
         yield daemon
+
+
+@pytest.fixture(scope="session")
+def registry(node: Node) -> Iterator[DockerRegistry]:
+    """Debian's docker-registry on the node's loopback, plain HTTP, with the busybox image in it."""
+    from hack import images
+    from tests.registry import DockerRegistry
+
+    if not shutil.which("docker-registry"):
+        pytest.skip("Debian's docker-registry is not installed")
+    with DockerRegistry(node.directory / "registry", netns=node.netns) as registry:
+        registry.push(images.busybox(), "busybox")
+        yield registry
+
+
+@pytest.fixture(scope="module")
+def busybox(daemon: Daemon, registry: DockerRegistry) -> str:
+    """Reference of a busybox image that the daemon has pulled."""
+    from protos.runtime.v1 import api_pb2 as v1
+
+    reference = f"{registry.host}/busybox:latest"
+    daemon.images.PullImage(v1.PullImageRequest(image=v1.ImageSpec(image=reference)), timeout=60)
+    return reference
