@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +11,12 @@ from cri.containers.model import Container, Containers, container_name
 from cri.errors import AlreadyExists, FailedPrecondition, ImageNotFound, InvalidArgument
 from cri.images.model import Image
 from cri.images.store import Images
+from cri.node import Node
 from cri.pods.model import Pod, Pods, now
 from cri.pods.run import new_id, remove_directory, remove_tree
 from cri.spec import container as spec_container
-from cri.spec.inputs import ContainerInputs, HandlerConfig, HostFacts, SandboxFiles
+from cri.spec.inputs import ContainerInputs, SandboxFiles
+from cri.spec.stop_signal import stop_signal
 from cri.state import records
 from cri.state.operations import Operation
 from cri.state.records import ContainerFacts, Resolved
@@ -33,8 +34,7 @@ async def create(
     containers: Containers,
     supervisor: Supervisor,
     images: Images,
-    host: HostFacts,
-    handlers: Mapping[str, HandlerConfig],
+    node: Node,
     timeout: float | None = None,
 ) -> str:
     """The id of a container that waits for its start; a retry gets the id of the first call, in flight or done."""
@@ -47,7 +47,7 @@ async def create(
             return existing.id
         state = v1.ContainerState.Name(existing.state)
         raise AlreadyExists(f"container name {name!r} belongs to {existing.id} in {state} state", hint="remove that container first")
-    maker = _Maker(pod, request, containers, supervisor, images, host, handlers[pod.facts.runtime_handler])
+    maker = _Maker(pod, request, containers, supervisor, images, node)
     return await containers.operations.run(name, new_id, request, maker.make, timeout=timeout)
 
 
@@ -61,11 +61,10 @@ class _Maker:
         containers: Containers,
         supervisor: Supervisor,
         images: Images,
-        host: HostFacts,
-        handler: HandlerConfig,
+        node: Node,
     ) -> None:
         self.pod, self.containers, self.supervisor, self.images = pod, containers, supervisor, images
-        self.host, self.handler = host, handler
+        self.node = node
         self.config = v1.ContainerConfig()
         self.config.CopyFrom(request.config)
 
@@ -104,7 +103,7 @@ class _Maker:
         operation.enter("bundle")
         directory = self.containers.layout.bundle(container_id)
         spec = self._spec(container_id, image, volumes)
-        facts.stop_signal = spec_container.stop_signal(config, image.config)
+        facts.stop_signal = stop_signal(config, image.config)
         facts.cgroups_path = spec.linux.cgroups_path
         undo.push("remove bundle", partial(remove_directory, directory))
         bundle.write(directory, spec, recipe, stdin=config.stdin, tty=config.tty)
@@ -184,7 +183,8 @@ class _Maker:
                 ),
                 image=image.config,
                 volumes=volumes,
-                host=self.host,
-                handler=self.handler,
+                host=self.node.host,
+                # A handler that has left the configuration since the pod began: its containers get the defaults.
+                handler=self.node.handlers.get(self.pod.facts.runtime_handler, self.node.handlers[""]),
             )
         )

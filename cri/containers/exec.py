@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import errno
 import os
 import secrets
 import signal
@@ -21,7 +20,6 @@ from cri.containers.model import Container, Containers
 from cri.errors import DeadlineExceeded, InvalidArgument
 from cri.supervisor import ExecSession, Supervisor
 from protos.runtime.v1 import api_pb2 as v1
-from shim.errors import Failure
 from shim.oci import bundle
 from shim.oci.spec import Process, User
 
@@ -98,15 +96,17 @@ class _Run:
 
     def __init__(self, exec_id: str, supervisor: Supervisor, loop: asyncio.AbstractEventLoop) -> None:
         self._id, self._supervisor, self._loop = exec_id, supervisor, loop
-        self._session: ExecSession | None = None
+        self._starting: asyncio.Future[ExecSession] | None = None
         self._streams = [_Stream(loop), _Stream(loop)]
         self._watching = loop.call_later(WATCH_AFTER, self._watch)
 
     async def run(self, container_id: str, process: Process, limit: asyncio.Timeout) -> int:
         stdout, stderr = self._streams
-        session = self._session = await self._supervisor.exec(
-            container_id, self._id, process, stdin=None, stdout=stdout.write_fd, stderr=stderr.write_fd
+        # Shielded: an exec that is over before its process exists could not be killed.
+        self._starting = asyncio.ensure_future(
+            self._supervisor.exec(container_id, self._id, process, stdin=None, stdout=stdout.write_fd, stderr=stderr.write_fd)
         )
+        session = await asyncio.shield(self._starting)
         for stream in self._streams:
             stream.close_write()
         code = await asyncio.shield(session.exited)
@@ -131,13 +131,14 @@ class _Run:
 
     async def kill(self) -> None:
         """Kill the session's processes and wait, with a bound, until the first of them is reaped."""
-        try:
-            await self._supervisor.kill_exec(self._id, signal.SIGKILL, tree=True)
-        except Failure as failure:
-            if failure.errno not in (errno.ESRCH, errno.ENOENT):
-                raise
-        if self._session is not None:
-            await asyncio.wait((self._session.exited,), timeout=REAP)
+        starting = self._starting
+        if starting is None:
+            return
+        done, _ = await asyncio.wait((starting,), timeout=REAP)
+        if not done or starting.cancelled() or starting.exception() is not None:
+            return
+        await self._supervisor.kill_exec(self._id, signal.SIGKILL, tree=True)
+        await asyncio.wait((starting.result().exited,), timeout=REAP)
 
     def output(self) -> tuple[bytes, bytes]:
         """stdout and stderr, together small enough for one message."""

@@ -95,7 +95,17 @@ class Container:
     @property
     def own_pid_namespace(self) -> bool:
         """Whether the kernel kills every process of the container with its first one."""
-        return self.config.linux.security_context.namespace_options.pid == v1.CONTAINER
+        wanted = self.config.linux.security_context.namespace_options.pid
+        return wanted == v1.CONTAINER or (wanted == v1.POD and self.pod.namespace_options.pid == v1.CONTAINER)
+
+    async def ended_within(self, seconds: float) -> bool:
+        """Whether the process has ended, or does so in this time."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.ended.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def require_running(self, what: str) -> None:
         """Refuse ``what`` (an exec, a log reopen) on a container that has no process."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from cri.containers.model import Container, Containers
-from cri.errors import CriError, FailedPrecondition
-from cri.pods.model import now
+from cri.containers.model import Containers
+from cri.errors import FailedPrecondition
 from cri.supervisor import Supervisor
 from protos.runtime.v1 import api_pb2 as v1
 from shim.errors import Failure
-from shim.oci.bundle import ExitRecord
 
-# The exit code and reason that containerd and Docker give a container whose program could not be executed.
-START_ERROR_CODE = 128
-START_ERROR = "StartError"
+# Seconds for the exit record of a program that could not be executed; the error of the start comes first.
+_RECORD = 2.0
 
 
 async def start(container_id: str, *, containers: Containers, supervisor: Supervisor) -> None:
@@ -26,8 +23,10 @@ async def start(container_id: str, *, containers: Containers, supervisor: Superv
         container.pod.require_ready()
         try:
             started = await supervisor.start_container(container.id)
-        except (Failure, CriError) as error:
-            _failed(container, containers, error)
+        except Failure:
+            # Whether this was the end of the container only the core knows: a program that could not be executed is followed by an
+            # exit record with reason StartError; a supervisor that was replaced in between says what became of it.
+            await container.ended_within(_RECORD)
             raise
         facts = container.facts
         facts.pid = started.pid if not facts.finished_at else 0
@@ -36,6 +35,3 @@ async def start(container_id: str, *, containers: Containers, supervisor: Superv
             facts.finished_at = max(facts.finished_at, facts.started_at)
         containers.save_soon(container)
 
-
-def _failed(container: Container, containers: Containers, error: Exception) -> None:
-    containers.exited(container, ExitRecord(START_ERROR_CODE, now(), reason=START_ERROR, message=str(error)))

@@ -92,21 +92,12 @@ async def _kill(container: Container, supervisor: Supervisor) -> None:
     # In a PID namespace of its own the kernel kills the rest with the first process.
     for everything, wait in ((not container.own_pid_namespace, _FIRST_WAIT), (True, _LAST_WAIT)):
         await _signal(container, signal.SIGKILL, supervisor, everything=everything)
-        if await _ended_within(container, wait):
+        if await container.ended_within(wait):
             return
     raise DeadlineExceeded(
         f"container {container.id} (pid {container.facts.pid}) is alive {_FIRST_WAIT + _LAST_WAIT:g} s after SIGKILL",
         hint="a process in uninterruptible sleep (state D) waits for a disk or a network file system",
     )
-
-
-async def _ended_within(container: Container, seconds: float) -> bool:
-    try:
-        async with asyncio.timeout(seconds):
-            await container.ended.wait()
-    except TimeoutError:
-        return False
-    return True
 
 
 async def _signal(container: Container, number: int, supervisor: Supervisor, *, everything: bool = False) -> None:

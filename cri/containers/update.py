@@ -11,16 +11,14 @@ from cri.supervisor import Supervisor
 from protos.runtime.v1 import api_pb2 as v1
 
 
-async def update(
-    request: v1.UpdateContainerResourcesRequest, *, containers: Containers, supervisor: Supervisor, host: HostFacts
-) -> None:
+async def update(request: v1.UpdateContainerResourcesRequest, *, containers: Containers, supervisor: Supervisor, host: HostFacts) -> None:
     """Change limits of a created or running container; fields that are zero or empty stay as they are."""
     container = containers.get(request.container_id)
     async with container.lock:
         if container.removing or container.state not in (v1.CONTAINER_CREATED, v1.CONTAINER_RUNNING):
             raise FailedPrecondition(f"update: container {container.id} is in {v1.ContainerState.Name(container.state)} state")
         merged = resources.merge(container.config.linux.resources, request.linux)
-        await supervisor.update_container(container.id, resources.update(request.linux, host))
+        await supervisor.update_container(container.id, resources.build(merged, host, field="linux"))
         container.config.linux.resources.CopyFrom(merged)
         for key, value in request.annotations.items():
             container.config.annotations[key] = value

@@ -6,12 +6,13 @@ import asyncio
 import os
 import secrets
 import shutil
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
 from cri.errors import AlreadyExists, InvalidArgument
 from cri.network.base import Network
+from cri.node import Node
 from cri.pods.model import Pod, Pods, now, pod_name
 from cri.spec import files, sandbox
 from cri.spec.inputs import HostFacts
@@ -32,13 +33,12 @@ async def run(
     pods: Pods,
     supervisor: Supervisor,
     network: Network,
-    host: HostFacts,
-    handlers: Collection[str],
+    node: Node,
     timeout: float | None = None,
 ) -> str:
     """The id of a ready sandbox with this configuration; a retry gets the id of the first call, in flight or done."""
     name = pod_name(request.config.metadata)
-    if request.runtime_handler not in handlers:
+    if request.runtime_handler not in node.handlers:
         raise InvalidArgument(f"no handler {request.runtime_handler!r} is configured", field="runtime_handler")
     _check_log_directory(request.config.log_directory)
     existing = pods.store.named(name)
@@ -49,7 +49,7 @@ async def run(
         raise AlreadyExists(f"sandbox name {name!r} belongs to {existing.id}, which is {kind}", hint="remove that sandbox first")
 
     async def work(operation: Operation) -> str:
-        return await _make(operation, request, pods=pods, supervisor=supervisor, network=network, host=host)
+        return await _make(operation, request, pods=pods, supervisor=supervisor, network=network, host=node.host)
 
     return await pods.operations.run(name, new_id, request, work, timeout=timeout)
 
@@ -83,6 +83,7 @@ async def _make(
             result = await network.setup(pod.network(_netlink(supervisor, pod_id, handles.netlink)))
             # An empty address would make the kubelet throw the sandbox away: so they are in the record before it hears of the pod.
             facts.ips, facts.network = list(result.ips), dict(result.raw)
+            _write_hosts(directory, pod, host)
 
         operation.enter("record")
         undo.push("remove record", partial(pods.records.remove, pod_id))
@@ -105,9 +106,18 @@ def write_directory(directory: Path, pod: Pod, host: HostFacts) -> None:
     bundle.write_sandbox(directory, sandbox.build(pod.id, pod.config, netns_path=pod.facts.netns_path, host=host))
 
 
+def _write_hosts(directory: Path, pod: Pod, host: HostFacts) -> None:
+    """/etc/hosts again, now that the pod has addresses."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _write(fd, files.HOSTS, files.hosts(pod.config, host, files.pod_hostname(pod.config, host), pod.facts.ips))
+    finally:
+        os.close(fd)
+
+
 def _write(dirfd: int, name: str, data: bytes) -> None:
     # 0644: it becomes a file in containers whose user is not root.
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=dirfd)
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644, dir_fd=dirfd)
     try:
         os.fchmod(fd, 0o644)
         os.write(fd, data)

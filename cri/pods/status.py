@@ -10,9 +10,6 @@ from cri.containers.status import container_status
 from cri.pods.model import Pod, Pods
 from protos.runtime.v1 import api_pb2 as v1
 
-# Types as in the OCI specification, beside the fields of NamespaceOption that choose them.
-_NAMESPACES = (("network", "net"), ("ipc", "ipc"), ("uts", "uts"), ("pid", "pid"))
-
 
 def status(pod_id: str, *, verbose: bool, pods: Pods) -> v1.PodSandboxStatusResponse:
     """The sandbox with the statuses of its containers at one moment, ``timestamp``. Raises NotFound."""
@@ -86,20 +83,14 @@ def _info(pod: Pod, pods: Pods) -> dict[str, Any]:
 
 
 def _namespaces(pod: Pod) -> list[dict[str, str]]:
-    """Namespaces that the pod has of its own, with the path where one can be entered (``nsenter --net=``), empty without a process."""
+    """Namespaces that the pod has of its own, with the path where one can be entered (``nsenter --net=``), empty where there is none."""
     facts, options = pod.facts, pod.namespace_options
-    found = []
-    for kind, proc_name in _NAMESPACES:
-        path = f"/proc/{facts.pid}/ns/{proc_name}" if facts.pid else ""
-        if kind == "network":
-            if pod.host_network:
-                continue
-            path = facts.netns_path
-        elif kind == "ipc" and options.ipc == v1.NODE:
-            continue
-        elif kind == "uts" and pod.host_network:
-            continue
-        elif kind == "pid" and options.pid != v1.POD:
-            continue
-        found.append({"type": kind, "path": path})
-    return found
+    own = {
+        "network": not pod.host_network,
+        "ipc": options.ipc != v1.NODE,
+        "uts": not pod.host_network,
+        "pid": options.pid == v1.POD,
+    }
+    process = f"/proc/{facts.pid}/ns" if facts.pid else ""
+    paths = {kind: f"{process}/{kind}" if process else "" for kind in own} | {"network": facts.netns_path}
+    return [{"type": kind, "path": paths[kind]} for kind, has in own.items() if has]

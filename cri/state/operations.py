@@ -56,6 +56,10 @@ class Operations:
     def __len__(self) -> int:
         return len(self._by_name)
 
+    def ids(self) -> set[str]:
+        """Ids of what is being created."""
+        return {operation.id for operation in self._by_name.values()}
+
     async def run(
         self,
         name: str,

@@ -28,6 +28,9 @@ _TEMPORARY = ".new"
 _QUARANTINE = ".corrupt"
 _LIMIT = 64 << 20  # two configurations of the largest gRPC message, in JSON
 
+#: What a file that is no record raises, beside OSError.
+UNREADABLE = (ValueError, msgspec.MsgspecError, json_format.ParseError)
+
 log = logging.getLogger("cri.state")
 
 
@@ -138,7 +141,7 @@ class Records(Generic[Facts, Config]):
                 continue
             try:
                 yield self._read(name)
-            except (OSError, ValueError, msgspec.MsgspecError, json_format.ParseError) as e:
+            except (OSError, *UNREADABLE) as e:
                 self._quarantine(name, e)
 
     def _read(self, name: str) -> tuple[Facts, Config, msgspec.Raw]:

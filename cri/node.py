@@ -1,0 +1,104 @@
+"""What this node and its configuration offer, and the RPCs that say so: Version, Status, RuntimeConfig, UpdateRuntimeConfig."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from cri import __version__
+from cri.config import Config
+from cri.errors import InvalidArgument
+from cri.network.base import Network
+from cri.spec.inputs import HandlerConfig, HostFacts
+from cri.supervisor import Supervisor
+from protos.runtime.v1 import api_pb2 as v1
+
+NAME: Final = "cri-shim"
+_KUBE_VERSION: Final = "0.1.0"  # of the kubelet's own version negotiation; every runtime answers so
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The machine and the configuration, as far as pods and containers depend on them."""
+
+    config: Config
+    host: HostFacts
+    handlers: Mapping[str, HandlerConfig]  # by name; "" is the default and always there
+
+    @classmethod
+    def of(cls, config: Config, host: HostFacts) -> Node:
+        handlers = {
+            name: HandlerConfig(privileged_without_host_devices=handler.privileged_without_host_devices)
+            for name, handler in config.runtime.handlers.items()
+        }
+        return cls(config, host, handlers)
+
+
+def version() -> v1.VersionResponse:
+    """Who answers, and in which version of CRI."""
+    return v1.VersionResponse(version=_KUBE_VERSION, runtime_name=NAME, runtime_version=__version__, runtime_api_version="v1")
+
+
+def status(node: Node, *, verbose: bool, supervisor: Supervisor, network: Network) -> v1.StatusResponse:
+    """RuntimeReady and NetworkReady, what each handler can do, and with ``verbose`` the effective configuration."""
+    alive = supervisor.ready
+    connected = network.status()
+    response = v1.StatusResponse(
+        status=v1.RuntimeStatus(
+            conditions=[
+                v1.RuntimeCondition(
+                    type="RuntimeReady",
+                    status=alive,
+                    reason="" if alive else "SupervisorNotReady",
+                    message="" if alive else "the supervisor is being replaced",
+                ),
+                v1.RuntimeCondition(type="NetworkReady", status=connected.ready, reason=connected.reason, message=connected.message),
+            ]
+        ),
+        runtime_handlers=[
+            v1.RuntimeHandler(
+                name=name,
+                features=v1.RuntimeHandlerFeatures(recursive_read_only_mounts=node.host.recursive_read_only, user_namespaces=False),
+            )
+            for name in sorted(node.handlers)
+        ],
+        features=v1.RuntimeFeatures(supplemental_groups_policy=True, user_namespaces_host_network=False, mount_options=True),
+    )
+    if verbose:
+        response.info["config"] = json.dumps(msgspec.to_builtins(node.config, enc_hook=str))
+        host = node.host
+        response.info["host"] = json.dumps(
+            {
+                "cgroupVersion": host.cgroup_version,
+                "cgroupDriver": host.cgroup_driver,
+                "kernel": ".".join(map(str, host.kernel)),
+                "seccomp": host.seccomp,
+                "apparmor": host.apparmor,
+                "selinux": host.selinux,
+            }
+        )
+    return response
+
+
+def runtime_config(node: Node) -> v1.RuntimeConfigResponse:
+    """The cgroup driver; a kubelet that asks takes it over."""
+    driver = v1.SYSTEMD if node.host.cgroup_driver == "systemd" else v1.CGROUPFS
+    return v1.RuntimeConfigResponse(linux=v1.LinuxRuntimeConfiguration(cgroup_driver=driver))
+
+
+def update_runtime_config(request: v1.UpdateRuntimeConfigRequest, *, network: Network) -> v1.UpdateRuntimeConfigResponse:
+    """The pod CIDR that the cluster gave to this node; an empty one says nothing."""
+    cidr = request.runtime_config.network_config.pod_cidr
+    if cidr:
+        for part in cidr.split(","):
+            try:
+                ipaddress.ip_network(part.strip())
+            except ValueError as e:
+                raise InvalidArgument(str(e), field="runtime_config.network_config.pod_cidr") from None
+        network.update_pod_cidr(cidr)
+    return v1.UpdateRuntimeConfigResponse()
