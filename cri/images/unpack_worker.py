@@ -40,7 +40,7 @@ try:
     from isal.isal_zlib import _GzipReader as Gzip
 except ImportError:  # no wheel for this machine
 
-    def Gzip(source: Any, buffersize: int) -> Any:  # type: ignore[no-redef]  # noqa: N802
+    def Gzip(source: Any, buffersize: int) -> Any:  # type: ignore[no-redef]
         import gzip
 
         return gzip.GzipFile(fileobj=source)
@@ -67,7 +67,7 @@ class _Stream(Protocol):
 # -- child ------------------------------------------------------------------------------------------------------------------
 
 
-def decompressor(source: io.BufferedReader) -> _Stream:
+def decompressor(source: io.BufferedReader[Any]) -> _Stream:
     """By magic, not by media type: registries hold zstd layers labelled gzip, and containerd takes them."""
     head = source.peek(4)[:4]
     if head.startswith(_GZIP):
@@ -78,7 +78,9 @@ def decompressor(source: io.BufferedReader) -> _Stream:
     return source
 
 
-def unpack(source: io.BufferedReader, limits: apply.Limits, algorithm: str, opaque: Callable[[int], None]) -> tuple[apply.Layer, str, int]:
+def unpack(
+    source: io.BufferedReader[Any], limits: apply.Limits, algorithm: str, opaque: Callable[[int], None]
+) -> tuple[apply.Layer, str, int]:
     """Apply the archive to the current directory: (layer, diff id, bytes of the archive)."""
     digest, total = hashlib.new(algorithm), 0
 
@@ -172,7 +174,8 @@ def _child(request: dict[str, Any], directory: int, pipe: int, channel: socket.s
             confine(directory)
             process.set_parent_death_signal(signal.SIGKILL)  # the kernel forgets it when credentials change
             os.close(directory)
-            with open(pipe, "rb", buffering=1 << 18) as source:
+            source: io.BufferedReader[Any] = io.BufferedReader(io.FileIO(pipe), 1 << 18)
+            with source:
                 limits = apply.Limits(int(request["entries"]), int(request["size"]))
                 layer, diff_id, total = unpack(source, limits, str(request["algorithm"]), reports.opaque)
             reports.flush()
