@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 from collections.abc import Iterator
 
 from cri.spec.inputs import HostFacts
+from shim.errors import Failure
 from shim.linux import caps
 from shim.oci import spec as oci
 
@@ -19,13 +21,15 @@ _SKIP = frozenset({"pts", "shm", "mqueue", "fd", ".lxc", ".lxd-mounts", ".udev"}
 def detect(*, cgroup_version: int, cgroup_driver: str, controllers: frozenset[str], swap: bool) -> HostFacts:
     """Facts that stay for the life of the daemon, and functions for those that do not."""
     machine = os.uname()
-    major, minor = (int(part) for part in machine.release.split("-")[0].split(".")[:2])
+    release = re.match(r"([0-9]+)\.([0-9]+)", machine.release)
+    if release is None:
+        raise Failure("detect host", "uname", message=f"release {machine.release!r} has no version")
     return HostFacts(
         cgroup_version=cgroup_version,
         cgroup_driver=cgroup_driver,
         hostname=socket.gethostname(),
         arch=machine.machine,
-        kernel=(major, minor),
+        kernel=(int(release[1]), int(release[2])),
         capabilities=caps.NAMES[: caps.last_cap() + 1],
         swap=swap,
         hugetlb="hugetlb" in controllers,

@@ -13,7 +13,7 @@ from typing import Any
 
 from cri.errors import InvalidArgument
 from shim.errors import Failure
-from shim.oci import codec
+from shim.oci import codec, validate
 from shim.oci import spec as oci
 
 # uname's machine to Docker's names in "arches" and to libseccomp's in "architectures".
@@ -37,6 +37,8 @@ def parse(text: bytes, *, field: str, caps: Collection[str], arch: str, kernel: 
         raise InvalidArgument("the profile is not a JSON object", field=field)
     if not document.get("defaultAction"):
         raise InvalidArgument("the profile has no defaultAction", field=field)
+    if document["defaultAction"] == validate.RUNTIME_DEFAULT:  # our own marker, not a word of the format
+        raise InvalidArgument("the profile's defaultAction is not an action", field=field)
     rules = _list(document, "syscalls", field)
     kept = [
         _rule(rule, f"{field}: syscalls[{i}]")
@@ -46,9 +48,11 @@ def parse(text: bytes, *, field: str, caps: Collection[str], arch: str, kernel: 
     plain = {k: v for k, v in document.items() if k not in ("archMap", "syscalls")}
     plain["architectures"] = _architectures(document, field, arch)
     try:
-        return codec.from_json(oci.Seccomp, {**plain, "syscalls": kept})
+        profile = codec.from_json(oci.Seccomp, {**plain, "syscalls": kept})
+        validate.validate_seccomp(profile, "seccomp")
     except Failure as e:
         raise InvalidArgument(f"the profile's {e.path}: {e.message}", field=field) from None
+    return profile
 
 
 def _rule(rule: dict[str, Any], field: str) -> dict[str, Any]:
@@ -85,7 +89,8 @@ def _applies(rule: object, field: str, caps: Collection[str], arch: str, kernel:
 
 
 def _conditions(rule: dict[str, Any], name: str, field: str) -> dict[str, Any]:
-    found = rule.get(name) or {}
+    found = rule.get(name)
+    found = {} if found is None else found
     if not isinstance(found, dict):
         raise InvalidArgument("is not an object", field=f"{field}.{name}")
     unknown = found.keys() - set(_CONDITIONS)

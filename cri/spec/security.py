@@ -80,7 +80,8 @@ def _names(wanted: Iterable[str], field: str) -> list[str]:
     for i, name in enumerate(wanted):
         full = name.upper()
         full = full if full.startswith("CAP_") else f"CAP_{full}"
-        if full != _ALL and full not in NUMBERS:
+        # ASCII first: "ſ".upper() is "S".
+        if not name.isascii() or (full != _ALL and full not in NUMBERS):
             raise InvalidArgument(f"{name!r:.40} is not a capability", field=f"{field}[{i}]")
         names.append(full)
     return names

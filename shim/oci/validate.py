@@ -274,7 +274,7 @@ def _linux(spec: Spec) -> None:
     if linux.rootfs_propagation and linux.rootfs_propagation not in PROPAGATION:
         _no("linux.rootfsPropagation", f"{linux.rootfs_propagation!r:.40} is unknown")
     if linux.seccomp is not None:
-        _seccomp(linux.seccomp, "linux.seccomp")
+        validate_seccomp(linux.seccomp, "linux.seccomp")
     sysctls("linux.sysctl", linux.sysctl, kinds)
     for name, paths in (("maskedPaths", linux.masked_paths), ("readonlyPaths", linux.readonly_paths)):
         for i, path in enumerate(paths):
@@ -336,7 +336,8 @@ def _device_rule(rule: DeviceCgroup, at: str) -> None:
         _no(f"{at}.access", f"{rule.access!r:.20} has more than r, w and m")
 
 
-def _seccomp(seccomp: Seccomp, at: str) -> None:
+def validate_seccomp(seccomp: Seccomp, at: str) -> None:
+    """Actions, names and comparisons of a filter; the core's own profile passes."""
     if seccomp.default_action == RUNTIME_DEFAULT:
         return
     for where, action in (("defaultAction", seccomp.default_action), *(("syscalls", r.action) for r in seccomp.syscalls)):
