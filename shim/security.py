@@ -44,7 +44,7 @@ class Restriction:
         self._permitted = caps.mask(wanted.permitted)
         self._effective = caps.mask(wanted.effective)
         self._inheritable = caps.mask(wanted.inheritable) & self._ambient
-        self._filter = filter_
+        self.filter = filter_
         self.no_new_privileges = process.no_new_privileges
         self._steps: dict[Step, Callable[[], None]] = {
             Step.NO_NEW_PRIVS: self._set_no_new_privs,
@@ -78,8 +78,8 @@ class Restriction:
             self._install_filter()
 
     def _install_filter(self) -> None:
-        if self._filter is not None:
-            self._filter.install()
+        if self.filter is not None:
+            self.filter.install()
 
     def _set_no_new_privs(self) -> None:
         libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)

@@ -256,6 +256,18 @@ class ExecImage:
         self._keep = (path, tuple(argv), tuple(env))
         self._args = (NR["execve"], path, arguments, environment, 0, 0, 0)
 
+    def at(self, path: bytes) -> ExecImage:
+        """The same arguments and environment, shared, for another path."""
+        other = ExecImage(path, (), ())
+        other._keep = self._keep
+        other._args = (NR["execve"], path, self._args[2], self._args[3], 0, 0, 0)
+        return other
+
+    @property
+    def vectors(self) -> tuple[int, int]:
+        """Addresses of argv and envp, valid as long as this object."""
+        return addressof(self._args[2]), addressof(self._args[3])
+
     def exec(self) -> NoReturn:
         """Raises OSError; otherwise does not return."""
         while _syscall(*self._args) == -1 and _get_errno() == errno.EINTR:

@@ -133,7 +133,7 @@ class Stage1:
         final, master = build()
         self._announce(0, final, master)
         self._await_start(final)
-        final.run_in_child(self.channel, self.job.context.slots.address(self.job.slot))
+        final.run_in_child(self.job.context.slots.address(self.job.slot))
 
     def _build(
         self,
@@ -179,7 +179,8 @@ class Stage1:
         if master is not None:
             fds["console"] = master
         user = codec.to_json(final.user)
-        facts = {"pid": pid, "user": user, "cgroup": self.group.to_json(), "fds": list(fds)}
+        later = [stage for stage in ("poststart", "poststop") if hooks.of_stage(self.spec, stage)]
+        facts = {"pid": pid, "user": user, "cgroup": self.group.to_json(), "hooks": later, "fds": list(fds)}
         self.channel.send({"ok": facts}, tuple(fds.values()))
         final.close_others(self.channel)
 

@@ -69,7 +69,7 @@ class Exec:
         else:
             channel.send({"ok": {"fds": ["console"]}}, (master,))
         final.close_others(channel)
-        final.run_in_child(channel, self.context.slots.address(self.slot))
+        final.run_in_child(self.context.slots.address(self.slot))
 
     def _stdio(self) -> tuple[int, int, int]:
         """The given fds, /dev/null of the host's devtmpfs for the others."""

@@ -9,11 +9,13 @@ import termios
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from shim.linux import libc, process
+from shim.errors import Failure
+from shim.linux import process
 from shim.oci.spec import Process, User
 from shim.runtime import inside, launch
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
+from shim.runtime.lastfork import LastFork, LastForkFailed
 from shim.seccomp import Filter
 from shim.security import Restriction
 
@@ -72,23 +74,22 @@ class Final:
             launch.report(channel, error)
             os._exit(127)
 
-    def run_in_child(self, channel: Channel, pid_address: int) -> None:
-        """Restrict this process, then fork the program as its sibling; returns in the parent.
+    def run_in_child(self, pid_address: int) -> None:
+        """Restrict this process, then fork the program as its sibling; returns in the parent. The kernel writes the pid.
 
         For PID namespaces that others live in: what they can see is restricted already and does nothing but execve.
-        Plain clone(2), because filters answer ENOSYS to clone3. The kernel writes the pid to ``pid_address``.
         """
         gc.disable()
+        last = self.restriction.filter if self.restriction.no_new_privileges else None
+        fork = LastFork(self.program.images, terminal=self.terminal, filter_=last, pid_address=pid_address)
         self.restriction.set_groups()
         self.restriction.apply()
-        if libc.clone(libc.CLONE_PARENT, parent_tid_address=pid_address) == 0:
-            try:
-                self._lead_session()
-                self.restriction.install_last()
-                self.program.run()
-            except BaseException as error:
-                launch.report(channel, error)
-                os._exit(127)
+        try:
+            fork.run()
+        except LastForkFailed as failed:
+            if failed.step == "exec":
+                raise self.program.failure(failed.errno) from None
+            raise Failure("start", failed.step, errno=failed.errno) from None
 
     def _lead_session(self) -> None:
         os.setsid()

@@ -172,22 +172,24 @@ class Program:
         argv = [os.fsencode(a) for a in process_.args]
         environment = [os.fsencode(e) for e in env]
         self._name, self._searched = name, "/" not in name
-        self._images = [libc.ExecImage(os.fsencode(p), argv, environment) for p in places]
+        first = libc.ExecImage(os.fsencode(places[0]), argv, environment)
+        self.images = [first, *(first.at(os.fsencode(p)) for p in places[1:])]
 
     def run(self) -> NoReturn:
         """execve each candidate in turn. Raises Failure with what PATH search would say (execvp(3))."""
         worst = errno.ENOENT
-        for image in self._images:
+        for image in self.images:
             try:
                 image.exec()
             except OSError as error:
                 if not self._searched or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
-                    raise self._failure(error.errno or 0) from None
+                    raise self.failure(error.errno or 0) from None
                 if error.errno == errno.EACCES:
                     worst = errno.EACCES
-        raise self._failure(worst)
+        raise self.failure(worst)
 
-    def _failure(self, number: int) -> Failure:
-        searched = self._searched and number == errno.ENOENT
+    def failure(self, number: int) -> Failure:
+        """What an errno of execve means for the user's command."""
+        searched = self._searched and number in (errno.ENOENT, errno.ENOTDIR)
         message = "executable file not found in $PATH" if searched else ""
         return Failure("start", "exec", errno=number, path=self._name, message=message)

@@ -36,6 +36,15 @@ class Filter:
         self._flags = flags
         self.notifies = bool(flags & NEW_LISTENER)
 
+    @property
+    def program(self) -> int:
+        """Address of the sock_fprog, valid as long as this object."""
+        return self._address
+
+    @property
+    def flags(self) -> int:
+        return self._flags
+
     def install(self) -> int | None:
         """For this thread and what it becomes. Returns the listener's fd (close-on-exec) if the filter notifies.
 
