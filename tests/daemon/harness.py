@@ -1,4 +1,4 @@
-"""A node to test on: a network namespace of its own, a registry, and the daemon as a process that can be killed at any moment."""
+"""The daemon under test: a process that can be killed at any moment, with a root, a state and a cgroup of its own."""
 
 from __future__ import annotations
 
@@ -11,63 +11,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from hack.node import REPOSITORY, Node, cgroup_pids, end_cgroup, gone, kill_pid, title, unmount_below, wait_for
 from protos.runtime.v1 import api_pb2 as v1
 from protos.runtime.v1 import api_pb2_grpc
 from tests.daemon import builders
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+__all__ = ["Daemon", "Node", "Pids", "running", "wait_for"]
+
 MESSAGE_LIMIT = 16 * 1024 * 1024
 _serial = itertools.count(1)
-
-
-def wait_for(what: str, test: Callable[[], Any], seconds: float = 10) -> Any:
-    """Poll ``test`` until it is true and return its value; AssertionError naming ``what`` after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = test()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
-
-
-class Node:
-    """A network namespace with loopback and a blind uplink, so that "the default route" exists and nothing leaves it."""
-
-    def __init__(self) -> None:
-        self.name = f"crishim-{os.getpid()}-{next(_serial)}"
-        self.netns = f"/run/netns/{self.name}"
-        self.directory = Path(tempfile.mkdtemp(prefix="csn"))
-
-    def up(self) -> None:
-        subprocess.run(["ip", "netns", "add", self.name], check=True)
-        for line in (
-            "link set lo up",
-            "link add up0 type veth peer name up1",
-            "addr add 192.0.2.1/24 dev up0",
-            "link set up1 up",
-            "link set up0 up",
-            "route add default via 192.0.2.254 dev up0",
-        ):
-            self.run("ip", *line.split())
-
-    def command(self, *argv: str) -> list[str]:
-        """``argv`` run inside the node. Not `ip netns exec`, which hides /sys/fs/cgroup behind a fresh /sys."""
-        return ["nsenter", f"--net={self.netns}", "--", *argv]
-
-    def run(self, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(*argv), check=True, text=True, capture_output=True, timeout=60, **options)
-
-    def down(self) -> None:
-        subprocess.run(["ip", "netns", "delete", self.name], check=False, capture_output=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -81,56 +40,6 @@ class Pids:
 
     def all(self) -> tuple[int, ...]:
         return tuple(p for p in (self.daemon, self.supervisor, self.stdio) if p is not None) + self.others
-
-
-def cgroup_directories(path: str) -> list[Path]:
-    """Every directory that is the cgroup ``path``, in whatever hierarchies this host has."""
-    top = Path("/sys/fs/cgroup")
-    candidates = [top, *(d for d in top.iterdir() if d.is_dir() and not d.is_symlink())]
-    return [d for c in candidates if (d := c / path.strip("/")).is_dir()]
-
-
-def cgroup_pids(path: str) -> set[int]:
-    """Processes in the cgroup ``path`` or below it."""
-    pids: set[int] = set()
-    for top in cgroup_directories(path):
-        for directory, _, _ in os.walk(top):
-            with contextlib.suppress(OSError):
-                pids.update(int(p) for p in (Path(directory) / "cgroup.procs").read_text().split())
-    return pids
-
-
-def kill_pid(pid: int, number: int = signal.SIGKILL) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def gone(pid: int) -> bool:
-    """Whether the process has ended (a zombie that nobody has reaped yet counts)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
-
-
-def title(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    return ""
-
-
-def unmount_below(directory: Path) -> None:
-    """Undo what a killed daemon left mounted, deepest first."""
-    targets = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    for target in sorted((t for t in targets if t.startswith(f"{directory}/")), key=len, reverse=True):
-        subprocess.run(["umount", "-l", target], check=False, capture_output=True)
-
-
-def remove_cgroup(path: str) -> None:
-    for top in cgroup_directories(path):
-        for directory, _, _ in os.walk(top, topdown=False):
-            with contextlib.suppress(OSError):
-                os.rmdir(directory)
 
 
 @dataclass
@@ -171,10 +80,8 @@ class Daemon:
 
     def spawn(self) -> subprocess.Popen[bytes]:
         """The daemon's process, without waiting for it to serve."""
-        argv = self.node.command(sys.executable, "-m", "cri.cli", "serve", "--config", str(self.config))
         env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1", **self.env}
-        with self.log.open("ab") as log:
-            return subprocess.Popen(argv, cwd="/", env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        return self.node.daemon(self.log, sys.executable, "-m", "cri.cli", "serve", "--config", str(self.config), env=env)
 
     def start(self, seconds: float = 20) -> float:
         """Start and wait until Version answers; returns the seconds that took."""
@@ -317,15 +224,8 @@ class Daemon:
             self.process.kill()
             self.process.wait()
         self.disconnect()
-        for _ in range(100):
-            left = cgroup_pids(self.cgroup_parent)
-            if not left:
-                break
-            for pid in left:
-                kill_pid(pid)
-            time.sleep(0.05)
+        end_cgroup(self.cgroup_parent)
         unmount_below(self.directory)
-        remove_cgroup(self.cgroup_parent)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
