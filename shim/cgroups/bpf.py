@@ -40,8 +40,8 @@ def program(policy: Policy) -> bytes:
         _op(_LOAD_W, 5, 1, 8),
     ]
     for entry in policy.exceptions:
-        # Allowed only with all its bits in the rule: the bits outside must be clear. Denied if any bit is in it; a second exception
-        # for the same device never overlaps, so each block decides alone, or passes on.
+        # As version 1 decides: allowed if one exception covers every bit asked for, denied if one has any of them. A block that does
+        # not decide passes on to the next.
         checks: list[tuple[int, int]] = [(2, _TYPE[entry.kind])]
         if entry.major is not None:
             checks.append((4, entry.major))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import permutations
+from typing import NamedTuple, TypeAlias
 
 from shim.errors import Failure
 from shim.oci.spec import DeviceCgroup
 
 _BITS = {"m": 1, "r": 2, "w": 4}  # BPF_DEVCG_ACC_*
 ALL = 7
+# Every spelling of an access, in any order: looked up per rule in a freshly forked child, where each object touched is a page copied.
+_MASKS = {"".join(each): sum(_BITS[letter] for letter in each) for length in (1, 2, 3) for each in permutations("rwm", length)} | {"": ALL}
 
 
-@dataclass(frozen=True, slots=True)
-class Except:
+class Except(NamedTuple):
     """Devices that are treated against the default. ``kind`` is "c" or "b"; None is any number; ``access`` a mask of _BITS."""
 
     kind: str
@@ -23,8 +24,7 @@ class Except:
     access: int
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """Everything is allowed (or denied) except the exceptions: the one shape that version 1 can hold."""
 
     allow: bool
@@ -50,17 +50,6 @@ DEFAULTS = (
 )
 
 
-def policy(rules: Iterable[DeviceCgroup]) -> Policy:
-    """The rules applied one after the other to "nothing is allowed", and the default devices after them.
-
-    Raises Failure for a rule that takes a part out of a wider exception: version 1 cannot express it, and the versions must agree.
-    """
-    allow, exceptions = _fold(rules, False, {})
-    if not allow:
-        allow, exceptions = _fold(DEFAULTS, allow, exceptions)
-    return Policy(allow, tuple(Except(*key, mask) for key, mask in exceptions.items()))
-
-
 _Key: TypeAlias = "tuple[str, int | None, int | None]"
 
 
@@ -79,9 +68,10 @@ def _fold(rules: Iterable[DeviceCgroup], allow: bool, exceptions: dict[_Key, int
 
 
 def _mask(rule: DeviceCgroup) -> int:
-    if rule.type not in ("", "a", "c", "b") or not set(rule.access) <= set("rwm"):
+    mask = _MASKS.get(rule.access)
+    if mask is None or rule.type not in ("", "a", "c", "b"):
         raise Failure("cgroup", path="devices", message=f"not a device rule: type {rule.type!r}, access {rule.access!r}")
-    return sum(_BITS[letter] for letter in set(rule.access)) or ALL
+    return mask
 
 
 def _number(value: int | None) -> int | None:
@@ -101,6 +91,21 @@ def _take_out(exceptions: dict[_Key, int], key: _Key, mask: int) -> None:
                 del exceptions[other]
         elif not apart:
             raise Failure("cgroup", path="devices", message=f"rule for {_text(*key)} takes a part out of {_text(*other)}")
+
+
+_DEFAULT_MASKS = _fold(DEFAULTS, False, {})[1]
+
+
+def policy(rules: Iterable[DeviceCgroup]) -> Policy:
+    """The rules applied one after the other to "nothing is allowed", and the default devices after them.
+
+    Raises Failure for a rule that takes a part out of a wider exception: version 1 cannot express it, and the versions must agree.
+    """
+    allow, exceptions = _fold(rules, False, {})
+    if not allow:
+        for key, mask in _DEFAULT_MASKS.items():
+            exceptions[key] = exceptions.get(key, 0) | mask
+    return Policy(allow, tuple(Except(*key, mask) for key, mask in exceptions.items()))
 
 
 def _text(kind: str, major: int | None, minor: int | None) -> str:

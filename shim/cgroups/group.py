@@ -75,6 +75,17 @@ def read(path: str) -> str:
         os.close(fd)
 
 
+def read_value(path: str) -> str:
+    """A file that holds one value, stripped: one read(2) gets it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096).decode("ascii").strip()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        os.close(fd)
+
+
 def tree(directory: str) -> Iterator[str]:
     """``directory`` and the groups below it, children before parents; nothing if it does not exist."""
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shim.cgroups.layout import Layout
 from shim.errors import Failure
@@ -17,8 +17,7 @@ from shim.oci.spec import CPU, BlockIO, HugepageLimit, Memory, NetworkResources,
 DEFAULT_SHARES, DEFAULT_PERIOD = 1024, 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(NamedTuple):
     """``optional``: the machine may lack the file or controller. ``again``: EINVAL may only mean "not before another write of this
     plan" (quota against period, limit against swap), so it is tried once more after the others. ``otherwise``: file and value to use
     where ``file`` does not exist.

@@ -78,10 +78,10 @@ def _inherit_cpuset(directory: str, made: list[str]) -> None:
     parent = os.path.dirname(directory)
     for name in ("cpuset.cpus", "cpuset.mems"):
         try:
-            value = files.read(f"{parent}/{name}").strip()
+            value = files.read_value(f"{parent}/{name}")
             if not value:
                 _inherit_cpuset(parent, made)  # made by us a moment ago, or by someone who left it unusable
-                value = files.read(f"{parent}/{name}").strip()
+                value = files.read_value(f"{parent}/{name}")
             files.write(f"{directory}/{name}", value)
         except OSError as error:
             raise Failure.wrap("create cgroup", "inherit cpuset", error) from error

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from shim.cgroups import group as files
 from shim.cgroups import layout as layouts
 from shim.cgroups import manager, oom, stats
-from shim.cgroups import group as files
 from shim.cgroups.group import Group
 from shim.cgroups.layout import Layout
 from shim.errors import Failure
