@@ -241,11 +241,13 @@ OPERATIONS: dict[str, Operation] = {
     "shutdown": Operation({}, {"force": bool}),
     "pod.create": Operation(_ID, fds=(1, 1)),
     "pod.adopt": Operation({"id": str, "names": list}, {"pid": int}, fds=(0, MAX_FDS), repeatable=True),
+    "pod.handles": Operation(_ID, repeatable=True),
     "pod.netlink": Operation(_ID, repeatable=True),
     "pod.delete": Operation(_ID, repeatable=True),
     "container.create": Operation(
         {"id": str, "pod": str, "tty": bool, "stdin": bool, "stdin_once": bool, "log_path": str}, {"target": str}, fds=(1, 1)
     ),
+    "container.handles": Operation(_ID, repeatable=True),
     "container.console": Operation(_ID, fds=(1, 1), repeatable=True),
     "container.start": Operation(_ID),
     "container.kill": Operation({"id": str, "signal": int}, {"all": bool}, repeatable=True),

@@ -23,8 +23,8 @@ from shim.runtime import create as creating
 from shim.runtime import hooks, jobs
 from shim.supervisor import exits
 from shim.supervisor.children import Failed, Process
-from shim.supervisor.loop import OOM
 from shim.supervisor.logs import Logs
+from shim.supervisor.loop import OOM
 from shim.supervisor.request import Request
 from shim.supervisor.table import Container, Core, forget, save
 
@@ -127,13 +127,7 @@ def watch_oom(core: Core, container: Container, fds: list[int]) -> None:
         return
     watch = container.oom = oom.OomWatch(container.group.version, fds)
 
-    def changed() -> None:
-        before = container.oom_kills
-        container.oom_kills = max(before, watch.read())
-        if container.oom_kills > before and container.exit is None:
-            core.publish({"event": "container.oom", "id": container.id})
-
-    core.loop.add(watch.fileno(), changed, OOM, watch.mask)
+    core.loop.add(watch.fileno(), lambda: exits.count_oom(core, container), OOM, watch.events)
 
 
 def unwatch_oom(core: Core, container: Container) -> None:
@@ -280,9 +274,8 @@ async def _end(core: Core, logs: Logs, container: Container) -> None:
         if not container.own_pids and container.group is not None:
             await core.children.call(jobs.KillAll(container.group), "delete container")
         if not await core.loop.within(container.over, _DEATH):
-            raise Failure(
-                "delete container", path=container.id, message=f"process {container.pid} is still there {_DEATH:g} s after SIGKILL"
-            )
+            message = f"process {container.pid} is still there {_DEATH:g} s after SIGKILL"
+            raise Failure("delete container", path=container.id, message=message)
     elif container.job is not None:
         job = container.job
         job.process.signal(signal.SIGKILL)
@@ -339,6 +332,14 @@ async def update(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     if container.group is None:
         raise Failure("update container", path=request.id, message="is being created")
     await core.children.call(jobs.Update(core.context.layout, container.group, request.fds[0]), "update container")
+    return {}
+
+
+async def handles(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """Copies of the fds that only we hold and a successor needs: a terminal's master."""
+    container = core.table.container(request.id)
+    if "console" in container.ends:
+        request.lent["console"] = container.ends["console"]
     return {}
 
 

@@ -28,9 +28,9 @@ def watch(core: Core, logs: Logs, container: Container) -> None:
     """Run the exit once the container's process has ended. One whose process is forked at start is represented by its job until then."""
     process, job = container.process, container.job
     if process is not None:
-        process.ended.then(lambda: core.loop.start(_exited(core, logs, container, process)) and None)
+        process.ended.then(lambda: core.loop.start(_exited(core, logs, container, process)))
     elif job is not None:
-        job.process.ended.then(lambda: core.loop.start(_never_started(core, logs, container, job.process)) and None)
+        job.process.ended.then(lambda: core.loop.start(_never_started(core, logs, container, job.process)))
 
 
 async def _never_started(core: Core, logs: Logs, container: Container, process: Process) -> None:
@@ -52,8 +52,7 @@ async def _exited(core: Core, logs: Logs, container: Container, process: Process
         ended, reason, message = Ended(_UNKNOWN), "Unknown", "the exit code went to a process that is gone"
     if container.start_error is not None:
         ended, reason, message = Ended(128), "StartError", str(container.start_error)
-    if container.oom is not None:
-        container.oom_kills = max(container.oom_kills, container.oom.read())
+    count_oom(core, container)
     if not container.own_pids and container.group is not None:
         try:  # what it had started goes with it, as in a PID namespace of its own
             await core.children.call(jobs.KillAll(container.group), "end container")
@@ -61,6 +60,15 @@ async def _exited(core: Core, logs: Logs, container: Container, process: Process
             core.log(f"container {container.id}: {failure}")
     oom_killed = container.oom_kills > 0
     await record(core, logs, container, ExitRecord(ended.code, finished, oom_killed, reason, ended.signal, message))
+
+
+def count_oom(core: Core, container: Container) -> None:
+    """Read the counter, which on cgroup v1 moves only after its event, and tell the daemon when it has moved."""
+    if container.oom is None:
+        return
+    before, container.oom_kills = container.oom_kills, max(container.oom_kills, container.oom.read())
+    if container.oom_kills > before:
+        core.publish({"event": "container.oom", "id": container.id})
 
 
 async def record(core: Core, logs: Logs, container: Container, exit: ExitRecord) -> None:

@@ -27,7 +27,7 @@ class Future(Generic[T]):
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks: list[Callable[[], object]] = []
         self._value: T | None = None
         self._error: BaseException | None = None
         self.done = False
@@ -49,7 +49,7 @@ class Future(Generic[T]):
             self._loop.call_soon(callback)
         self._callbacks.clear()
 
-    def then(self, callback: Callable[[], None]) -> None:
+    def then(self, callback: Callable[[], object]) -> None:
         """Call ``callback`` from the loop when done."""
         if self.done:
             self._loop.call_soon(callback)
@@ -86,6 +86,11 @@ class Task(Future[T]):
         self.coroutine = coroutine
         self._step()
 
+    def where(self) -> str:
+        """For a person: what it is and the line it waits at."""
+        frame = getattr(self.coroutine, "cr_frame", None)
+        return f"{getattr(self.coroutine, '__qualname__', '?')}:{frame.f_lineno if frame else '?'}"
+
     def _step(self) -> None:
         try:
             waiting = self.coroutine.send(None)
@@ -105,8 +110,8 @@ class Timer:
 
     __slots__ = ("callback",)
 
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self.callback: Callable[[], None] | None = callback
+    def __init__(self, callback: Callable[[], object]) -> None:
+        self.callback: Callable[[], object] | None = callback
 
     def cancel(self) -> None:
         self.callback = None
@@ -117,14 +122,14 @@ class Loop:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._handlers: dict[int, tuple[int, Callable[[], None]]] = {}
-        self._soon: deque[Callable[[], None]] = deque()
+        self._handlers: dict[int, tuple[int, Callable[[], object]]] = {}
+        self._soon: deque[Callable[[], object]] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self.tasks: set[Task[Any]] = set()
         self.stopped = False
 
-    def add(self, fd: int, callback: Callable[[], None], priority: int = MESSAGE, mask: int = READ) -> None:
+    def add(self, fd: int, callback: Callable[[], object], priority: int = MESSAGE, mask: int = READ) -> None:
         self._epoll.register(fd, mask)
         self._handlers[fd] = (priority, callback)
 
@@ -136,10 +141,10 @@ class Loop:
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def call_soon(self, callback: Callable[[], None]) -> None:
+    def call_soon(self, callback: Callable[[], object]) -> None:
         self._soon.append(callback)
 
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer:
         timer = Timer(callback)
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._order), timer))
         return timer

@@ -57,7 +57,8 @@ class Settings:
 def log(message: str) -> None:
     """To supervisor.log, which stderr is; a tmpfs, and bounded."""
     now = time.time()
-    stamp = "%04d-%02d-%02dT%02d:%02d:%02d.%03dZ" % (*time.gmtime(now)[:6], now % 1 * 1000)
+    year, month, day, hour, minute, second = time.gmtime(now)[:6]
+    stamp = f"{year}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{int(now % 1 * 1000):03}Z"
     try:
         if os.fstat(2).st_size > _LOG_LIMIT:
             os.ftruncate(2, 0)
@@ -114,8 +115,15 @@ def prepare(settings: Settings, first: socket.socket) -> Loop:
     slots = PidSlots()
     children = Children(loop, slots)
     watch_signals(loop, signals, lambda number: on_signal(number, loop, children))
-    host = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-    context = Context(layout, host, lean_namespace(loop, children), proc, seccomp_cache(state), inherited, slots)
+    context = Context(
+        layout=layout,
+        host_mntns=os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC),
+        lean_mntns=lean_namespace(loop, children),
+        proc=proc,
+        seccomp_cache=seccomp_cache(state),
+        inherited=inherited,
+        slots=slots,
+    )
     server, table = Server(loop), Table()
     core = Core(loop, children, context, table, state, os.path.realpath(settings.state), process.boot_id(), server.publish, log)
     logs = Logs(children, table, state, server.publish, log)
@@ -143,8 +151,7 @@ def on_signal(number: int, loop: Loop, children: Children) -> None:
         children.reap_strays()
     elif number == signal.SIGUSR1:
         for task in list(loop.tasks):
-            frame = task.coroutine.cr_frame
-            log(f"task {task.coroutine.__qualname__} at line {frame.f_lineno if frame else '?'}")
+            log(f"task {task.where()}")
     elif number == signal.SIGTERM:
         log("SIGTERM: ending, containers go on")
         loop.stopped = True
@@ -190,8 +197,8 @@ def raise_nofile() -> None:
 
 def warm_up() -> None:
     """Build decoders and run through code that children will use, on samples: they inherit it ready."""
-    import shim.runtime.create  # noqa: F401
-    import shim.runtime.exec  # noqa: F401
+    import shim.runtime.create
+    import shim.runtime.exec
     import shim.runtime.hooks  # noqa: F401
 
     for cls, sample in (

@@ -66,6 +66,12 @@ async def adopt(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     return {}
 
 
+async def handles(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """Copies of a pod's fds, for a daemon that has been restarted."""
+    request.lent.update(core.table.pod(request.id).fds)
+    return {}
+
+
 async def netlink(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     """A rtnetlink socket inside the pod's network namespace."""
     pod = core.table.pod(request.id)
@@ -113,8 +119,8 @@ async def _release(core: Core, pod: Pod, *, quietly: bool) -> None:
             failures.append(failure)
     if failures and not quietly:
         raise failures[0]
-    for failure in failures:
-        core.log(f"pod {pod.id}: {failure}")
+    for each in failures:
+        core.log(f"pod {pod.id}: {each}")
     forget(pod.directory)
     if core.table.pods.get(pod.id) is pod:
         del core.table.pods[pod.id]

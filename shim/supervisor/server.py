@@ -113,6 +113,7 @@ HANDLERS: dict[str, Handler] = {
     "reaped": reaped,
     "pod.create": pods.create,
     "pod.adopt": pods.adopt,
+    "pod.handles": pods.handles,
     "pod.netlink": pods.netlink,
     "pod.delete": pods.delete,
     "container.create": containers.create,
@@ -121,6 +122,7 @@ HANDLERS: dict[str, Handler] = {
     "container.delete": containers.delete,
     "container.update": containers.update,
     "container.resize": containers.resize,
+    "container.handles": containers.handles,
     "container.console": adopt.take_console,
     "exec.start": sessions.start,
     "exec.adopt": sessions.adopt,
@@ -197,10 +199,11 @@ class Server:
             peer.send({"n": body["n"], "error": failure.to_json()})
         except Exception as error:
             self._core.log(f"{body['op']}: {_where(error)}")
-            failure = Failure(str(body["op"]), message=f"{type(error).__name__}: {error}"[:500])
             if isinstance(error, OSError):
-                failure = Failure.wrap(str(body["op"]), "system call", error)
-            peer.send({"n": body["n"], "error": failure.to_json()})
+                unexpected = Failure.wrap(str(body["op"]), "system call", error)
+            else:
+                unexpected = Failure(str(body["op"]), message=f"{type(error).__name__}: {error}"[:500])
+            peer.send({"n": body["n"], "error": unexpected.to_json()})
         finally:
             request.close()
 

@@ -52,7 +52,7 @@ async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
             core.children.release_slot(slot)
     session = Session(request.id, container, forked, fds.get("console"))
     core.table.sessions[session.id] = session
-    forked.ended.then(lambda: core.loop.start(_ended(core, session)) and None)
+    forked.ended.then(lambda: core.loop.start(_ended(core, session)))
     request.lent["pidfd"] = forked.pidfd
     if session.console is not None:
         request.lent["console"] = session.console
@@ -103,7 +103,7 @@ async def adopt(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
         return {}
     process = Process(core.children, request.body["pid"], request.take(0))
     session = core.table.sessions[request.id] = Session(request.id, container, process)
-    process.ended.then(lambda: core.loop.start(_ended(core, session)) and None)
+    process.ended.then(lambda: core.loop.start(_ended(core, session)))
     return {}
 
 
