@@ -64,9 +64,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
 
     async def StopPodSandbox(self, request: v1.StopPodSandboxRequest, context: Context) -> v1.StopPodSandboxResponse:
         p = self._p
-        await stop_pod.stop(
-            request.pod_sandbox_id, pods=p.pods, containers=p.containers, supervisor=p.supervisor, network=p.network
-        )
+        await stop_pod.stop(request.pod_sandbox_id, pods=p.pods, containers=p.containers, supervisor=p.supervisor, network=p.network)
         return v1.StopPodSandboxResponse()
 
     async def RemovePodSandbox(self, request: v1.RemovePodSandboxRequest, context: Context) -> v1.RemovePodSandboxResponse:

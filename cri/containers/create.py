@@ -75,6 +75,7 @@ class _Maker:
                 await self._make(operation, undo)
         finally:
             self.pod.creating.discard(operation.id)
+        operation.enter("answer")
         return operation.id
 
     async def _make(self, operation: Operation, undo: Undo) -> None:

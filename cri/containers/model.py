@@ -120,7 +120,7 @@ class Containers:
         self.layout = layout
         self.lists: ListCache[v1.ListContainersResponse] = ListCache()
         self.store: Store[Container] = Store("container")
-        self.operations = Operations("container")
+        self.operations = Operations("create container")
         self.records = records.Records(layout.container_records, ContainerFacts, v1.ContainerConfig)
         self._pods = pods
         self._dirty: dict[str, Container] = {}
@@ -140,15 +140,15 @@ class Containers:
         """The container exists from now on: its record first, then the tables."""
         self.records.write(container.facts, container.config_json)
         self.adopt(container)
-        early = self._early.pop(container.id, None)
-        if early is not None:
-            self.exited(container, early)
 
     def adopt(self, container: Container) -> None:
         """Enter a container whose record exists."""
         self.store.add(container)
         container.pod.containers[container.id] = container
         self._pods.changed(container.pod)
+        early = self._early.pop(container.id, None)
+        if early is not None:
+            self.exited(container, early)
 
     def save(self, container: Container) -> None:
         """Write changed facts now: they are known to nobody else."""

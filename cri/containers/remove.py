@@ -6,6 +6,7 @@ from cri.containers import stop
 from cri.containers.model import Container, Containers
 from cri.images.store import Images
 from cri.pods.run import remove_directory, remove_tree
+from cri.state import failpoints
 from cri.supervisor import Supervisor
 
 
@@ -23,7 +24,11 @@ async def drop(container: Container, *, containers: Containers, supervisor: Supe
     async with container.lock:
         if containers.find(container.id) is not container:
             return  # another call was faster
+        failpoints.hit("remove container", "snapshot")
         await images.release(container.id)
+        failpoints.hit("remove container", "volumes")
         await remove_tree(containers.layout.container_volumes(container.id))
+        failpoints.hit("remove container", "bundle")
         remove_directory(containers.layout.bundle(container.id))
+        failpoints.hit("remove container", "record")
         containers.forget(container)

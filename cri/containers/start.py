@@ -34,4 +34,3 @@ async def start(container_id: str, *, containers: Containers, supervisor: Superv
         if facts.finished_at:  # it was so short that its exit came first
             facts.finished_at = max(facts.finished_at, facts.started_at)
         containers.save_soon(container)
-

@@ -103,7 +103,7 @@ class Pods:
         self.boot_id = boot_id()
         self.lists: ListCache[v1.ListPodSandboxResponse] = ListCache()
         self.store: Store[Pod] = Store("sandbox")
-        self.operations = Operations("sandbox")
+        self.operations = Operations("run sandbox")
         self.records = records.Records(layout.pod_records, PodFacts, v1.PodSandboxConfig)
 
     def find(self, pod_id: str) -> Pod | None:

@@ -40,9 +40,7 @@ log = logging.getLogger("cri.recovery")
 class Recovery:
     """One start of the daemon."""
 
-    def __init__(
-        self, pods: Pods, containers: Containers, supervisor: Supervisor, network: Network, images: Images, exits: Exits
-    ) -> None:
+    def __init__(self, pods: Pods, containers: Containers, supervisor: Supervisor, network: Network, images: Images, exits: Exits) -> None:
         self._pods, self._containers, self._exits = pods, containers, exits
         self._supervisor, self._network, self._images = supervisor, network, images
         self._layout = pods.layout
@@ -130,8 +128,16 @@ class Recovery:
             if container.facts.finished_at and not container.facts.released_at:
                 self._exits.release(container)
         await _all(work)
+        await _all([("network", self._recover_network()), ("snapshots", self._sweep())])
+
+    # Who is live is asked in the same step of the event loop as the answer is used: creations go on meanwhile.
+
+    async def _recover_network(self) -> None:
         live = {pod.id for pod in self._pods.store if pod.facts.netns_path and not pod.facts.released_at}
-        await _all([("network", self._network.recover(live | self._pods.operations.ids()))])
+        await self._network.recover(live | self._pods.operations.ids())
+
+    async def _sweep(self) -> None:
+        await self._images.sweep({c.id for c in self._containers.store} | self._containers.operations.ids())
 
     async def _undo_container(self, container_id: str) -> None:
         await self._supervisor.delete_container(container_id)
@@ -157,9 +163,7 @@ class Recovery:
     async def _finish(self, pod: Pod) -> None:
         """A stop that was cut short, or a pod of an earlier boot."""
         async with pod.lock:
-            await stop.release(
-                pod, pods=self._pods, containers=self._containers, supervisor=self._supervisor, network=self._network
-            )
+            await stop.release(pod, pods=self._pods, containers=self._containers, supervisor=self._supervisor, network=self._network)
 
 
 def _lost(why: str) -> ExitRecord:

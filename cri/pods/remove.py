@@ -9,6 +9,7 @@ from cri.network.base import Network
 from cri.pods import stop
 from cri.pods.model import Pods
 from cri.pods.run import remove_directory
+from cri.state import failpoints
 from cri.supervisor import Supervisor
 
 
@@ -23,5 +24,7 @@ async def remove(pod_id: str, *, pods: Pods, containers: Containers, supervisor:
         await stop.release(pod, pods=pods, containers=containers, supervisor=supervisor, network=network)
         for container in list(pod.containers.values()):
             await remove_container.drop(container, containers=containers, supervisor=supervisor, images=images)
+        failpoints.hit("remove sandbox", "state directory")
         remove_directory(pods.layout.pod(pod.id))
+        failpoints.hit("remove sandbox", "record")
         pods.forget(pod)

@@ -90,6 +90,7 @@ async def _make(
         facts.created_at = now()
         facts.stages = operation.took
         pods.commit(pod)
+    operation.enter("answer")
     return pod_id
 
 

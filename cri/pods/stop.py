@@ -9,6 +9,7 @@ from cri.containers import stop as stop_container
 from cri.containers.model import Container, Containers
 from cri.network.base import Network
 from cri.pods.model import Pod, Pods, now
+from cri.state import failpoints
 from cri.supervisor import Supervisor
 from protos.runtime.v1 import api_pb2 as v1
 
@@ -30,13 +31,17 @@ async def release(pod: Pod, *, pods: Pods, containers: Containers, supervisor: S
     pods.changed(pod)
     # A create that is past its check would bring a container into a sandbox without namespaces: it sees ``stopping`` and undoes itself.
     await containers.operations.drain(pod.creating)
+    failpoints.hit("stop sandbox", "containers")
     await _end_all(list(pod.containers.values()), containers, supervisor)
     if not facts.stopped_at:
         facts.stopped_at = now()
         pods.save(pod)
+    failpoints.hit("stop sandbox", "network")
     if facts.netns_path:
         await network.teardown(pod.network(partial(supervisor.pod_netlink, pod.id)))
+    failpoints.hit("stop sandbox", "namespaces")
     await supervisor.delete_pod(pod.id)
+    failpoints.hit("stop sandbox", "record")
     facts.released_at = now()
     facts.pid = 0
     pods.save(pod)

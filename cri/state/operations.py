@@ -15,6 +15,7 @@ from typing import Final
 from google.protobuf.message import Message
 
 from cri.errors import AlreadyExists, DeadlineExceeded
+from cri.state import failpoints
 
 # A joined or slow caller is answered this long before its deadline, so that it gets the stage and not a bare gRPC timeout.
 _ANSWER_BEFORE: Final = 0.25
@@ -23,10 +24,10 @@ _ANSWER_BEFORE: Final = 0.25
 class Operation:
     """One creation in flight. ``stage`` is what it is doing now; the time each stage took is kept."""
 
-    __slots__ = ("_began", "_entered", "config", "id", "name", "stage", "task", "took")
+    __slots__ = ("_began", "_entered", "config", "id", "kind", "name", "stage", "task", "took")
 
-    def __init__(self, name: str, object_id: str, config: Message) -> None:
-        self.name, self.id, self.config = name, object_id, config
+    def __init__(self, kind: str, name: str, object_id: str, config: Message) -> None:
+        self.kind, self.name, self.id, self.config = kind, name, object_id, config
         self.stage = ""
         self.took: dict[str, int] = {}
         self._began = self._entered = time.monotonic_ns()
@@ -38,6 +39,7 @@ class Operation:
         if self.stage:
             self.took[self.stage] = (now - self._entered) // 1000
         self.stage, self._entered = stage, now
+        failpoints.hit(self.kind, stage)
 
     def describe(self) -> str:
         """Where it is, for an error text."""
@@ -47,7 +49,7 @@ class Operation:
 
 
 class Operations:
-    """The creations in flight of one kind, by name."""
+    """The creations in flight of one kind ("run sandbox"), by name."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -76,19 +78,19 @@ class Operations:
         """
         operation = self._by_name.get(name)
         if operation is None:
-            operation = Operation(name, object_id(), config)
+            operation = Operation(self._kind, name, object_id(), config)
             self._by_name[name] = operation
-            operation.task = asyncio.create_task(self._work(operation, work), name=f"create {self._kind} {operation.id[:13]}")
+            operation.task = asyncio.create_task(self._work(operation, work), name=f"{self._kind} {operation.id[:13]}")
             # Nobody may be left to look at the outcome; the failure was still worth a line where it was raised.
             operation.task.add_done_callback(_retrieved)
         elif operation.config != config:
-            raise AlreadyExists(f"{self._kind} name {name!r} is being created with another configuration: {operation.describe()}")
+            raise AlreadyExists(f"{self._kind} {name!r} is in progress with another configuration: {operation.describe()}")
         assert operation.task is not None
         if timeout is None:
             return await asyncio.shield(operation.task)
         done, _ = await asyncio.wait((operation.task,), timeout=max(timeout - _ANSWER_BEFORE, timeout * 0.9))
         if not done:
-            raise DeadlineExceeded(f"create {self._kind} {name!r}: {operation.describe()}; a retry joins it")
+            raise DeadlineExceeded(f"{self._kind} {name!r}: {operation.describe()}; a retry joins it")
         return operation.task.result()
 
     async def _work(self, operation: Operation, work: Callable[[Operation], Awaitable[str]]) -> str:

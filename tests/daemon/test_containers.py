@@ -229,7 +229,7 @@ def test_users(daemon: Daemon, pod: Pod, busybox: str) -> None:
 
 def test_a_read_only_root(daemon: Daemon, pod: Pod, busybox: str) -> None:
     security = v1.LinuxContainerSecurityContext(readonly_rootfs=True)
-    code, text = output(daemon, pod, busybox, "sh", "-c", "touch /x 2>&1; touch /dev/shm/y && echo shm", security=security)
+    _, text = output(daemon, pod, busybox, "sh", "-c", "touch /x 2>&1; touch /dev/shm/y && echo shm", security=security)
     assert "Read-only file system" in text
     assert text.endswith("shm\n")
 
@@ -242,8 +242,14 @@ def test_mounts(daemon: Daemon, pod: Pod, busybox: str, tmp_path: Path) -> None:
         v1.Mount(container_path="/etc/file", host_path=str(tmp_path / "file"), readonly=True),
         v1.Mount(container_path="/missing", host_path=str(tmp_path / "not/there/yet")),
     )
-    code, text = output(
-        daemon, pod, busybox, "sh", "-c", "cat /etc/file; echo x > /rw/made; echo y > /etc/file || echo refused; ls -d /missing", mounts=mounts
+    _, text = output(
+        daemon,
+        pod,
+        busybox,
+        "sh",
+        "-c",
+        "cat /etc/file; echo x > /rw/made; echo y > /etc/file || echo refused; ls -d /missing",
+        mounts=mounts,
     )
     assert text.splitlines()[0] == "content"
     assert "refused" in text
@@ -392,9 +398,7 @@ def test_stop_during_start(daemon: Daemon, pod: Pod, busybox: str) -> None:
 def test_processes_of_a_container_in_the_hosts_pid_namespace_go_with_it(daemon: Daemon, busybox: str) -> None:
     pod = daemon.run_pod(host_pid=True)
     container = running(daemon, pod, busybox, "sleep 98765 & echo ready; wait")
-    pids = [
-        p.name for p in Path("/proc").iterdir() if p.name.isdigit() and b"sleep\x0098765" in wait_bytes(p / "cmdline")
-    ]
+    pids = [p.name for p in Path("/proc").iterdir() if p.name.isdigit() and b"sleep\x0098765" in wait_bytes(p / "cmdline")]
     assert pids
     stop(daemon, container)
     wait_for("the end of the child", lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))

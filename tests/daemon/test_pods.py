@@ -80,9 +80,7 @@ def test_stop_and_remove_are_idempotent(daemon: Daemon) -> None:
 def test_remove_stops_what_runs(daemon: Daemon, busybox: str) -> None:
     pod = daemon.run_pod()
     container = daemon.run(pod, busybox, "sleep", "1000")
-    pid = json.loads(
-        daemon.runtime.ContainerStatus(v1.ContainerStatusRequest(container_id=container, verbose=True)).info["info"]
-    )["pid"]
+    pid = json.loads(daemon.runtime.ContainerStatus(v1.ContainerStatusRequest(container_id=container, verbose=True)).info["info"])["pid"]
     remove(daemon, pod[0])
     assert listed(daemon, id=pod[0]) == []
     assert not daemon.runtime.ListContainers(v1.ListContainersRequest(filter=v1.ContainerFilter(id=container))).containers
@@ -308,7 +306,7 @@ def test_creates_racing_a_stop_leave_nothing(daemon: Daemon, busybox: str) -> No
     found = daemon.runtime.ListContainers(v1.ListContainersRequest(filter=v1.ContainerFilter(pod_sandbox_id=pod[0]))).containers
     assert {c.id for c in found} == made
     assert {c.state for c in found} <= {v1.CONTAINER_EXITED}
-    assert {b for b in os.listdir(daemon.state / "containers")} >= made
+    assert set(os.listdir(daemon.state / "containers")) >= made
     remove(daemon, pod[0])
 
 

@@ -22,7 +22,7 @@ class Ids:
 
 
 async def test_fifty_identical_calls_are_one() -> None:
-    operations, ids = Operations("sandbox"), Ids()
+    operations, ids = Operations("run sandbox"), Ids()
     runs = 0
 
     async def work(operation: Operation) -> str:
@@ -38,7 +38,7 @@ async def test_fifty_identical_calls_are_one() -> None:
 
 
 async def test_a_retry_after_a_cancel_gets_the_same_id() -> None:
-    operations, ids = Operations("sandbox"), Ids()
+    operations, ids = Operations("run sandbox"), Ids()
     go = asyncio.Event()
 
     async def work(operation: Operation) -> str:
@@ -57,7 +57,7 @@ async def test_a_retry_after_a_cancel_gets_the_same_id() -> None:
 
 
 async def test_a_failure_is_everybodys_and_frees_the_name() -> None:
-    operations, ids = Operations("sandbox"), Ids()
+    operations, ids = Operations("run sandbox"), Ids()
 
     async def work(operation: Operation) -> str:
         await asyncio.sleep(0)
@@ -69,7 +69,7 @@ async def test_a_failure_is_everybodys_and_frees_the_name() -> None:
 
 
 async def test_another_configuration_under_the_same_name_is_told_the_stage() -> None:
-    operations, ids = Operations("sandbox"), Ids()
+    operations, ids = Operations("run sandbox"), Ids()
     go = asyncio.Event()
 
     async def work(operation: Operation) -> str:
@@ -87,7 +87,7 @@ async def test_another_configuration_under_the_same_name_is_told_the_stage() -> 
 
 
 async def test_a_caller_without_patience_is_told_the_stage_before_its_deadline() -> None:
-    operations, ids = Operations("sandbox"), Ids()
+    operations, ids = Operations("run sandbox"), Ids()
     go = asyncio.Event()
 
     async def work(operation: Operation) -> str:
@@ -105,7 +105,7 @@ async def test_a_caller_without_patience_is_told_the_stage_before_its_deadline()
 
 
 async def test_drain_waits_for_those_asked_for() -> None:
-    operations, ids = Operations("container"), Ids()
+    operations, ids = Operations("create container"), Ids()
     go = {"a": asyncio.Event(), "b": asyncio.Event()}
 
     async def work(operation: Operation) -> str:
@@ -125,7 +125,7 @@ async def test_drain_waits_for_those_asked_for() -> None:
 
 
 async def test_stages_are_timed() -> None:
-    operations, ids = Operations("sandbox"), Ids()
+    operations, ids = Operations("run sandbox"), Ids()
     took: dict[str, int] = {}
 
     async def work(operation: Operation) -> str:

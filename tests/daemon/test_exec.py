@@ -1,0 +1,188 @@
+"""ExecSync over the socket: output, exit codes, time limits, background children, the cap, leaks."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from protos.runtime.v1 import api_pb2 as v1
+from tests.daemon.harness import Daemon, wait_for
+
+Pod = tuple[str, v1.PodSandboxConfig]
+
+
+@pytest.fixture(scope="module")
+def pod(daemon: Daemon) -> Pod:
+    return daemon.run_pod()
+
+
+@pytest.fixture(scope="module")
+def container(daemon: Daemon, pod: Pod, busybox: str) -> str:
+    return daemon.run(pod, busybox, "sleep", "100000", env={"GREETING": "hello"}, working_dir="/tmp")
+
+
+def processes(daemon: Daemon, container: str) -> str:
+    return daemon.exec(container, "ps", "-o", "pid,args").stdout.decode()
+
+
+def test_output_and_exit_code(daemon: Daemon, container: str) -> None:
+    reply = daemon.exec(container, "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (reply.stdout, reply.stderr, reply.exit_code) == (b"out\n", b"err\n", 7)
+    assert daemon.exec(container, "true") == v1.ExecSyncResponse()
+
+
+def test_binary_output(daemon: Daemon, container: str) -> None:
+    assert daemon.exec(container, "printf", r"\x00\xff\n\x00").stdout == b"\x00\xff\n\x00"
+
+
+def test_the_containers_environment_directory_and_namespaces(daemon: Daemon, container: str) -> None:
+    reply = daemon.exec(container, "sh", "-c", "echo $GREETING; pwd; cat /proc/1/cmdline | tr '\\0' ' '; readlink /proc/self/fd/0")
+    assert reply.stdout.decode().splitlines() == ["hello", "/tmp", "sleep 100000 /dev/null"]
+
+
+def test_death_by_a_signal_is_128_and_the_signal(daemon: Daemon, container: str) -> None:
+    assert daemon.exec(container, "sh", "-c", "kill -9 $$").exit_code == 137
+    assert daemon.exec(container, "sh", "-c", "kill -TERM $$").exit_code == 143
+
+
+def test_a_program_that_does_not_exist(daemon: Daemon, container: str) -> None:
+    with pytest.raises(grpc.RpcError) as failed:
+        daemon.exec(container, "/no/such/program")
+    assert "/no/such/program" in (failed.value.details() or "")
+
+
+def test_bad_requests(daemon: Daemon, pod: Pod, container: str, busybox: str) -> None:
+    for command in ((), ("",)):
+        with pytest.raises(grpc.RpcError) as failed:
+            daemon.exec(container, *command)
+        assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    with pytest.raises(grpc.RpcError) as failed:
+        daemon.exec("d" * 64, "true")
+    assert failed.value.code() == grpc.StatusCode.NOT_FOUND
+    created = daemon.create(pod, busybox, "true")
+    with pytest.raises(grpc.RpcError) as failed:
+        daemon.exec(created, "true")
+    assert failed.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    daemon.runtime.StartContainer(v1.StartContainerRequest(container_id=created), timeout=10)
+    daemon.wait_exit(created)
+    with pytest.raises(grpc.RpcError) as failed:
+        daemon.exec(created, "true")
+    assert failed.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert "CONTAINER_EXITED" in (failed.value.details() or "")
+
+
+def test_a_time_limit_kills_the_execs_processes_and_no_others(daemon: Daemon, container: str) -> None:
+    """Scenario 35. Another exec's processes, and those of the container, live on."""
+    with ThreadPoolExecutor(1) as pool:
+        bystander = pool.submit(daemon.exec, container, "sleep", "3", timeout=10)
+        wait_for("the other exec", lambda: "sleep 3" in processes(daemon, container))
+        began = time.monotonic()
+        with pytest.raises(grpc.RpcError) as failed:
+            daemon.exec(container, "sh", "-c", "sleep 501 & sh -c 'sleep 502; true' & sleep 503; true", timeout=1)
+        assert 0.9 < time.monotonic() - began < 3
+        assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "timeout 1s exceeded" in (failed.value.details() or "")
+        left = processes(daemon, container)
+        for victim in ("sleep 501", "sleep 502", "sleep 503"):
+            assert victim not in left
+        assert "sleep 3" in left
+        assert "sleep 100000" in left
+        assert bystander.result(10).exit_code == 0
+    assert daemon.container(container).state == v1.CONTAINER_RUNNING
+
+
+def test_a_client_that_gives_up_ends_the_process(daemon: Daemon, container: str) -> None:
+    request = v1.ExecSyncRequest(container_id=container, cmd=["sleep", "504"])
+    with pytest.raises(grpc.RpcError):
+        daemon.runtime.ExecSync(request, timeout=0.5)
+    wait_for("its end", lambda: "sleep 504" not in processes(daemon, container))
+
+
+def test_a_background_child_does_not_hold_the_answer(daemon: Daemon, container: str) -> None:
+    """Scenario 36: it keeps stdout open; what was written is answered within a bound, and the child lives on."""
+    began = time.monotonic()
+    reply = daemon.exec(container, "sh", "-c", "echo first; sleep 5 & exit 4")
+    assert time.monotonic() - began < 3
+    assert (reply.stdout, reply.exit_code) == (b"first\n", 4)
+    assert "sleep 5" in processes(daemon, container)
+
+
+def test_what_a_background_child_writes_soon_after_is_in_the_answer(daemon: Daemon, container: str) -> None:
+    reply = daemon.exec(container, "sh", "-c", "(sleep 0.2; echo second) & echo first")
+    assert reply.stdout == b"first\nsecond\n"
+
+
+@pytest.mark.parametrize("size", [65536, 65537, 1 << 20, 5_000_000])
+def test_more_output_than_a_pipe_holds(daemon: Daemon, container: str, size: int) -> None:
+    reply = daemon.exec(container, "sh", "-c", f"head -c {size} /dev/zero | tr '\\0' x; echo done >&2", timeout=30)
+    assert (len(reply.stdout), reply.stderr) == (size, b"done\n")
+
+
+def test_output_is_capped_and_the_process_goes_on(daemon: Daemon, container: str) -> None:
+    """Scenario 37, CVE-2022-1708: the rest is read and dropped, and the answer fits the kubelet's 16 MiB message."""
+    daemon_pid = daemon.pids().daemon
+    reply = daemon.exec(container, "sh", "-c", "head -c 200000000 /dev/zero; head -c 30000000 /dev/zero >&2; exit 9", timeout=60)
+    assert reply.exit_code == 9
+    assert 15 << 20 < len(reply.stdout) + len(reply.stderr) <= 16 << 20
+    assert len(reply.stdout) >= 8 << 20
+    assert len(reply.stderr) >= (8 << 20) - 2048
+    status = Path(f"/proc/{daemon_pid}/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    assert peak < 400_000
+
+
+def test_exec_during_a_graceful_stop(daemon: Daemon, pod: Pod, busybox: str) -> None:
+    """Scenario 39: probes and preStop hooks still run while the container winds down."""
+    script = "trap 'sleep 2; exit 0' TERM; echo ready; while :; do sleep 0.05; done"
+    container = daemon.run(pod, busybox, "sh", "-c", script)
+    wait_for("the trap", lambda: "ready" in daemon.log_text(container))
+    with ThreadPoolExecutor(1) as pool:
+        request = v1.StopContainerRequest(container_id=container, timeout=20)
+        stopping = pool.submit(daemon.runtime.StopContainer, request, timeout=30)
+        time.sleep(0.3)
+        assert daemon.exec(container, "echo", "still here").stdout == b"still here\n"
+        stopping.result(20)
+    assert daemon.container(container).exit_code == 0
+
+
+def test_an_exec_ends_with_its_container(daemon: Daemon, pod: Pod, busybox: str) -> None:
+    container = daemon.run(pod, busybox, "sleep", "1000")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(daemon.exec, container, "sleep", "600", timeout=60)
+        wait_for("the exec", lambda: "sleep 600" in processes(daemon, container))
+        daemon.runtime.StopContainer(v1.StopContainerRequest(container_id=container, timeout=0), timeout=20)
+        assert running.result(10).exit_code == 137
+
+
+def fds(pid: int | None) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_execs_leak_nothing(daemon: Daemon, container: str, count: int) -> None:
+    """Scenario 38: descriptors, processes and memory return to what they were, also after time limits and background children."""
+    pids = daemon.pids()
+
+    def one(number: int) -> None:
+        if number % 50 == 7:
+            with pytest.raises(grpc.RpcError):
+                daemon.exec(container, "sleep", "60", timeout=1)
+        elif number % 50 == 9:
+            daemon.exec(container, "sh", "-c", "sleep 1 &")
+        else:
+            assert daemon.exec(container, "echo", str(number)).stdout == b"%d\n" % number
+
+    for number in range(60):
+        one(number)
+    time.sleep(1.5)
+    before = {pid: fds(pid) for pid in (pids.daemon, pids.supervisor, pids.stdio)}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(count)))
+    wait_for("the last background child", lambda: "sleep 1" not in processes(daemon, container).replace("sleep 100000", ""))
+    wait_for("descriptors to return", lambda: all(fds(pid) <= before[pid] + 2 for pid in before))
+    assert daemon.pids().others == pids.others or len(daemon.pids().others) <= len(pids.others)
