@@ -19,6 +19,7 @@ from pathlib import Path
 
 import grpc
 
+from cri import startup
 from cri.api import server
 from cri.api.image import ImageService
 from cri.api.interceptor import Edge, Observer
@@ -33,6 +34,7 @@ from cri.node import Node
 from cri.pods.model import Pods
 from cri.pods.recover import Recovery
 from cri.spec import host
+from cri.spec.inputs import HostFacts
 from cri.state.layout import Layout, boot_id
 from cri.supervisor import Supervisor
 from protos.runtime.v1 import api_pb2 as v1
@@ -82,8 +84,10 @@ async def _parts(config: Config, link: client.Link) -> AsyncIterator[tuple[Parts
     async with contextlib.AsyncExitStack() as stack:
         layout = Layout(Path(config.root), Path(config.state))
         layout.prepare()
-        supervisor = await Supervisor.start(link)
-        stack.push_async_callback(supervisor.close)
+        supervisor = await Supervisor.start(
+            layout.state, python=startup.interpreter(), runtime_cgroup=config.cgroup.runtime_cgroup, link=link
+        )
+        stack.callback(supervisor.close)
         images = Images(layout.root / "images", config.images)
         images.load()
         stack.push_async_callback(images.close)
@@ -98,7 +102,7 @@ async def _parts(config: Config, link: client.Link) -> AsyncIterator[tuple[Parts
         yield parts, Recovery(pods, containers, supervisor, network, images, exits)
 
 
-def _host(config: Config) -> host.HostFacts:
+def _host(config: Config) -> HostFacts:
     layout = cgroups.detect()
     if config.cgroup.driver == "systemd":
         raise StartError('cgroup.driver: "systemd" is not built in this version; use "cgroupfs", in the kubelet too')
@@ -130,7 +134,7 @@ def _handlers(config: Config, parts: Parts) -> Mapping[str, grpc.RpcMethodHandle
     services = v1.DESCRIPTOR.services_by_name
     return {
         **edge.handlers(RuntimeService(parts), services["RuntimeService"]),
-        **edge.handlers(ImageService(parts.images), services["ImageService"]),
+        **edge.handlers(ImageService(parts.images, parts.node.handlers), services["ImageService"]),
     }
 
 

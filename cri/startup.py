@@ -76,6 +76,11 @@ def directories(config: Config) -> None:
             raise StartError(f"{error.filename or path}: {error.strerror}") from error
 
 
+def interpreter() -> Path:
+    """What the supervisor runs: it uses the standard library only, so it needs nothing of our virtual environment."""
+    return Path(sys.executable).resolve()
+
+
 def serve(config: Config) -> int:
     """The whole life of a daemon process: checks, lock, supervisor, and only then everything that imports grpc."""
     from shim import client
@@ -84,9 +89,7 @@ def serve(config: Config) -> int:
     directories(config)
     held = lock(config)
     log.setup(config.log.level, config.log.format)
-    # The interpreter itself: the supervisor uses the standard library only, so no virtual environment is in its way.
-    python = Path(sys.executable).resolve()
-    link = client.ensure(Path(config.state), python, runtime_cgroup=config.cgroup.runtime_cgroup)
+    link = client.ensure(Path(config.state), interpreter(), runtime_cgroup=config.cgroup.runtime_cgroup)
     from cri import daemon
 
     code = daemon.main(config, link)
