@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from cri.errors import InvalidArgument
 from cri.spec import strings
@@ -67,11 +66,6 @@ def merge(stored: v1.LinuxContainerResources, update: v1.LinuxContainerResources
     merged.hugepage_limits.extend(v1.HugepageLimit(page_size=size, limit=number) for size, number in pages.items())
     merged.unified.update(update.unified)
     return merged
-
-
-def updated(stored: oci.Resources | None, wanted: oci.Resources) -> oci.Resources:
-    """``wanted`` in the place of a container's resources; device rules are no part of an update."""
-    return replace(wanted, devices=stored.devices) if stored is not None else wanted
 
 
 def check(wanted: v1.LinuxContainerResources, field: str) -> None:

@@ -12,7 +12,7 @@ from cri.errors import InvalidArgument
 from cri.spec import cgroups, resources
 from cri.spec.inputs import HostFacts
 from protos.runtime.v1 import api_pb2 as v1
-from shim.oci.spec import CPU, DeviceCgroup, HugepageLimit, Memory, Resources
+from shim.oci.spec import CPU, HugepageLimit, Memory, Resources
 
 R = v1.LinuxContainerResources
 
@@ -114,12 +114,6 @@ def test_merge_is_idempotent(stored: R, update: R) -> None:
     once = resources.merge(stored, update)
     assert resources.merge(once, update) == once
     assert resources.merge(once, R()) == once
-
-
-def test_devices_are_no_part_of_an_update() -> None:
-    rules = (DeviceCgroup(False),)
-    assert resources.updated(Resources(devices=rules), Resources(cpu=CPU(shares=2))) == Resources(devices=rules, cpu=CPU(shares=2))
-    assert resources.updated(None, Resources()) == Resources()
 
 
 @pytest.mark.parametrize(
