@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from shim.linux import libc
 
-_SIGKILL, _SIGSTOP, _LAST_SIGNAL = 9, 19, 64
 _RLIMITS = 16
 
 
@@ -31,22 +30,13 @@ def save_inherited() -> Inherited:
 
 
 def reset_inherited(saved: Inherited, *, join_keyring: bool = True) -> None:
-    """Everything in the table except oom_score_adj, which needs a procfs: see ``set_oom_score_adj``."""
-    reset_signals()
+    """Everything in the table except signals, which were reset right after the fork, and oom_score_adj, which needs a procfs."""
     os.umask(saved.umask)
     os.chdir("/")
     if join_keyring:
         new_session_keyring()
     restore_limits(saved.rlimits)
     reset_scheduling(saved.affinity)
-
-
-def reset_signals() -> None:
-    """Every disposition default and nothing blocked. In the child of a fork from a process with Python handlers, this comes first."""
-    for number in range(1, _LAST_SIGNAL + 1):
-        if number not in (_SIGKILL, _SIGSTOP):
-            libc.default_signal(number)
-    libc.set_signal_mask(0)
 
 
 def new_session_keyring(name: str | None = None) -> None:

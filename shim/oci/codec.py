@@ -92,6 +92,8 @@ def warm(*classes: type) -> None:
     for cls in classes:
         _decoder(cls)
         _encoder(cls)
+    while _unfilled:
+        _unfilled.pop()()
 
 
 def _decode_tree(cls: type[T], tree: object) -> T:
@@ -135,6 +137,7 @@ def _refuse_bad_string(value: str, path: tuple[str | int, ...], phase: str) -> N
 
 
 _decoders: dict[Any, _Convert] = {}
+_unfilled: list[Callable[[], None]] = []  # tables of decoders that have not been used yet
 
 
 def _decoder(kind: Any) -> _Convert:
@@ -253,7 +256,11 @@ def _object(kind: type) -> _Convert:
     table: dict[str, tuple[str, _Convert]] = {}
 
     def fill() -> None:
+        if table:
+            return
         table.update({json_name(f): (f.name, _decoder(hints[f.name])) for f in fields})
+
+    _unfilled.append(fill)
 
     def convert(value: Any) -> Any:
         if type(value) is not dict:

@@ -14,6 +14,8 @@ from shim.linux import libc, process
 from shim.runtime.channel import Channel
 
 STDIO = frozenset({0, 1, 2})  # /dev/null and the supervisor's log; kept so that nothing else lands on these numbers
+# Ignored when the supervisor started: by Python (SIGPIPE, SIGXFSZ) or by whoever started it. Ignored survives both fork and execve.
+_IGNORED = tuple(int(n) for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN)
 
 
 class Job(Protocol):
@@ -40,7 +42,7 @@ def spawn(job: Job, *, title: str, cgroup: int | None = None) -> Child:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        pid, pidfd = libc.clone3(0, pidfd=True, cgroup=cgroup)
+        pid, pidfd = libc.clone3(libc.CLONE_CLEAR_SIGHAND, pidfd=True, cgroup=cgroup)
         if pid == 0:
             run_child(job, Channel(theirs), title)
     except OSError:
@@ -58,7 +60,9 @@ def run_child(job: Job, channel: Channel, title: str) -> NoReturn:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
-        process.reset_signals()
+        for number in _IGNORED:  # CLONE_CLEAR_SIGHAND resets handlers only
+            libc.default_signal(number)
+        libc.set_signal_mask(0)
         process.close_all_except({*STDIO, channel.fileno(), *job.keep})
         process.set_dumpable(False)
         process.set_title(title)
