@@ -46,7 +46,7 @@ def version() -> v1.VersionResponse:
 
 def status(node: Node, *, verbose: bool, supervisor: Supervisor, network: Network) -> v1.StatusResponse:
     """RuntimeReady and NetworkReady, what each handler can do, and with ``verbose`` the effective configuration."""
-    alive = supervisor.ready
+    alive = supervisor.pid > 0
     connected = network.status()
     response = v1.StatusResponse(
         status=v1.RuntimeStatus(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -24,7 +25,7 @@ from cri.supervisor import Supervisor
 from protos.runtime.v1 import api_pb2 as v1
 from protos.runtime.v1 import api_pb2_grpc
 
-Context = grpc.aio.ServicerContext
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)

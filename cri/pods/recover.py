@@ -25,7 +25,8 @@ from cri.pods.model import Pod, Pods, now
 from cri.pods.run import INTENT, remove_directory, remove_tree
 from cri.state import records
 from cri.state.records import PodFacts
-from cri.supervisor import Known, Supervisor
+from cri.supervisor import ContainerFacts as Known
+from cri.supervisor import Snapshot, Supervisor
 from protos.runtime.v1 import api_pb2 as v1
 from shim.errors import Failure
 from shim.oci import bundle
@@ -50,10 +51,11 @@ class Recovery:
     def load(self) -> None:
         """Fill the tables. No await, nothing that can hang."""
         known = self._supervisor.snapshot()
+        self._supervisor.on_replaced = self._replaced
         for pod_facts, pod_config, raw in self._pods.records.load():
             pod = Pod(pod_facts, pod_config, raw)
             self._pods.store.add(pod)
-            self._reconcile_pod(pod, pod.id in known.pods)
+            self._reconcile_pod(pod, known)
         for facts, config, raw in self._containers.records.load():
             owner = self._pods.find(facts.pod_id)
             if owner is None:
@@ -75,18 +77,16 @@ class Recovery:
             len(self._lost_containers),
         )
 
-    def _reconcile_pod(self, pod: Pod, known: bool) -> None:
+    def _reconcile_pod(self, pod: Pod, known: Snapshot) -> None:
         facts = pod.facts
-        if facts.released_at:
-            pod.stopping = True
-        elif facts.boot_id != self._pods.boot_id or not known:
+        alive = pod.id in known.pods and known.pods[pod.id].ready and facts.boot_id == self._pods.boot_id
+        if alive and not facts.stopped_at:
+            return
+        pod.stopping = True
+        if not facts.stopped_at:
             # Its namespaces went with the last boot, or with a supervisor that nobody could follow.
-            pod.stopping = True
-            if not facts.stopped_at:
-                facts.stopped_at = now()
-                self._pods.save(pod)
-        elif facts.stopped_at:
-            pod.stopping = True
+            facts.stopped_at = now()
+            self._pods.save(pod)
 
     def _reconcile_container(self, container: Container, known: Known | None) -> None:
         facts = container.facts
@@ -95,14 +95,30 @@ class Recovery:
         if facts.boot_id != self._pods.boot_id:
             self._containers.exited(container, _lost("the machine was restarted"))
             return
-        if known is not None and known.started_at and not facts.started_at:
-            facts.started_at, facts.pid = known.started_at, known.pid
-            self._containers.save_soon(container)
+        if known is not None:
+            self._note_start(container, known)
         ended = (known.exit if known is not None else None) or self._exit_record(container)
         if ended is None and known is None:
             ended = _lost("its process was lost together with all of the runtime")
         if ended is not None:
             self._containers.exited(container, ended)
+
+    def _note_start(self, container: Container, known: Known) -> None:
+        facts = container.facts
+        if known.started_at and not facts.started_at:
+            facts.started_at, facts.pid = known.started_at, known.pid
+            self._containers.save_soon(container)
+
+    def _replaced(self) -> None:
+        """``Supervisor.on_replaced``: what the calls that were in flight have done after all, and which pods could not be followed."""
+        known = self._supervisor.snapshot()
+        for container in self._containers.store:
+            found = known.containers.get(container.id)
+            if found is not None and not container.facts.finished_at:
+                self._note_start(container, found)
+        for pod in self._pods.store:
+            if not pod.facts.stopped_at:
+                self._reconcile_pod(pod, known)
 
     def _exit_record(self, container: Container) -> ExitRecord | None:
         try:

@@ -111,7 +111,7 @@ class Records(Generic[Facts, Config]):
     def __init__(self, directory: Path, facts: type[Facts], config: type[Config]) -> None:
         self._directory = directory
         self._config = config
-        self._decoder = msgspec.json.Decoder(_Document[facts])  # type: ignore[valid-type]
+        self._decoder: msgspec.json.Decoder[_Document[Facts]] = decoder_for(facts)
         self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self) -> None:
