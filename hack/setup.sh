@@ -54,7 +54,7 @@ P
   rm -rf "$HACK/venv-$key"
   "$base" -m venv "$HACK/venv-$key" || die "no virtual environment"
   # shellcheck disable=SC2086  # one requirement per word
-  "$PYTHON" -m pip install -q --disable-pip-version-check $list || die "pip failed"
+  "$PYTHON" -m pip install -q --disable-pip-version-check $list >"$HACK/pip.log" 2>&1 || { tail -5 "$HACK/pip.log" >&2; die "pip failed: $HACK/pip.log"; }
   touch "$HACK/venv-$key/ready"
 }
 
