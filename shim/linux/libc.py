@@ -7,6 +7,7 @@ errno and retries EINTR; Python's own signal handlers run between the tries. Num
 
 from __future__ import annotations
 
+import array
 import ctypes
 import errno
 import os
@@ -126,6 +127,28 @@ def encode(path: str | bytes) -> bytes:
     return raw
 
 
+class Memory:
+    """Bytes at an address that the kernel or machine code is given. No ctypes array: a new array type costs a forked child some
+    seventy page faults, and each length is a type of its own."""
+
+    __slots__ = ("_bytes", "address")
+
+    def __init__(self, data: bytes | bytearray) -> None:
+        self._bytes = bytearray(data)
+        self.address = addressof(ctypes.c_char.from_buffer(self._bytes))
+
+    @property
+    def raw(self) -> bytes:
+        return bytes(self._bytes)
+
+
+_scratch = Memory(bytes(128))  # what small calls return; there is one thread
+
+
+def _returned(size: int) -> bytes:
+    return bytes(memoryview(_scratch._bytes)[:size])
+
+
 # ---- processes
 
 _pidfd_slot = ctypes.c_int(-1)
@@ -223,9 +246,8 @@ _cap_data = struct.Struct("=6I")
 
 def capget() -> tuple[int, int, int]:
     """(effective, permitted, inheritable) of this thread as bit masks."""
-    buffer = ctypes.create_string_buffer(24)
-    syscall(NR["capget"], _CAPABILITY_HEADER, buffer)
-    e0, p0, i0, e1, p1, i1 = _cap_data.unpack(buffer.raw)
+    syscall(NR["capget"], _CAPABILITY_HEADER, _scratch.address)
+    e0, p0, i0, e1, p1, i1 = _cap_data.unpack(_returned(24))
     return e0 | e1 << 32, p0 | p1 << 32, i0 | i1 << 32
 
 
@@ -238,46 +260,56 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
 # ---- execve
 
 
-def _vector(items: Sequence[bytes]) -> Buffer:
-    return (ctypes.c_char_p * (len(items) + 1))(*items, None)
-
-
 class ExecImage:
-    """An execve whose arrays exist before the seccomp filter is installed: ``exec()`` makes that one system call."""
+    """An execve whose strings and vectors lie in memory before the seccomp filter is installed: ``exec()`` makes that one system call."""
 
-    __slots__ = ("_args", "_keep", "path")
+    __slots__ = ("_memory", "_path", "path", "vectors")
 
     def __init__(self, path: bytes, argv: Sequence[bytes], env: Sequence[bytes]) -> None:
-        for text in (path, *argv, *env):
-            if b"\0" in text:
-                raise OSError(errno.EINVAL, "embedded NUL", os.fsdecode(text))
-        self.path = path
-        arguments, environment = _vector(argv), _vector(env)
-        self._keep = (path, tuple(argv), tuple(env))
-        self._args = (NR["execve"], path, arguments, environment, 0, 0, 0)
+        words = [*argv, None, *env, None]
+        offset, offsets, texts = 8 * len(words), array.array("Q"), []
+        for text in words:
+            offsets.append(0 if text is None else offset)
+            if text is not None:
+                texts.append(_checked(text))
+                offset += len(text) + 1
+        self._memory = Memory(bytes(8 * len(words)) + b"\0".join(texts) + b"\0")
+        base = self._memory.address
+        self._memory._bytes[: 8 * len(words)] = array.array("Q", [o and base + o for o in offsets]).tobytes()
+        self.vectors = base, base + 8 * (len(argv) + 1)  # addresses of argv and envp, valid as long as this object
+        self.path, self._path = path, Memory(_checked(path) + b"\0")
+
+    @property
+    def path_address(self) -> int:
+        return self._path.address
 
     def at(self, path: bytes) -> ExecImage:
         """The same arguments and environment, shared, for another path."""
-        other = ExecImage(path, (), ())
-        other._keep = self._keep
-        other._args = (NR["execve"], path, self._args[2], self._args[3], 0, 0, 0)
+        other = ExecImage.__new__(ExecImage)
+        other._memory, other.vectors = self._memory, self.vectors
+        other.path, other._path = path, Memory(_checked(path) + b"\0")
         return other
-
-    @property
-    def vectors(self) -> tuple[int, int]:
-        """Addresses of argv and envp, valid as long as this object."""
-        return addressof(self._args[2]), addressof(self._args[3])
 
     def exec(self) -> NoReturn:
         """Raises OSError; otherwise does not return."""
-        while _syscall(*self._args) == -1 and _get_errno() == errno.EINTR:
+        while _syscall(_NR_EXECVE, self._path.address, *self.vectors, 0, 0, 0) == -1 and _get_errno() == errno.EINTR:
             pass
         raise _error(_get_errno(), self.path)
 
 
+_NR_EXECVE = NR["execve"]
+
+
+def _checked(text: bytes) -> bytes:
+    if b"\0" in text:
+        raise OSError(errno.EINVAL, "embedded NUL", os.fsdecode(text))
+    return text
+
+
 def execveat(fd: int, path: str, argv: Sequence[bytes], env: Sequence[bytes], flags: int = AT_EMPTY_PATH) -> NoReturn:
     """Run the file ``fd`` (path empty) or ``path`` below it. The fd must not be close-on-exec if the file is a script."""
-    syscall(NR["execveat"], fd, encode(path), _vector(argv), _vector(env), flags, path=path or f"fd {fd}")
+    image = ExecImage(encode(path), argv, env)
+    syscall(NR["execveat"], fd, image.path_address, *image.vectors, flags, path=path or f"fd {fd}")
     raise AssertionError("execveat returned")
 
 
@@ -373,9 +405,8 @@ RLIM_INFINITY = 0xFFFFFFFFFFFFFFFF
 
 def prlimit(pid: int, resource: int, new: tuple[int, int] | None = None) -> tuple[int, int]:
     """(soft, hard) as they were; unlimited is ``RLIM_INFINITY``."""
-    old = ctypes.create_string_buffer(16)
-    syscall(NR["prlimit64"], pid, resource, None if new is None else _rlimit.pack(*new), old)
-    soft, hard = _rlimit.unpack(old.raw)
+    syscall(NR["prlimit64"], pid, resource, None if new is None else _rlimit.pack(*new), _scratch.address)
+    soft, hard = _rlimit.unpack(_returned(16))
     return soft, hard
 
 
@@ -402,9 +433,8 @@ def default_signal(number: int) -> None:
 
 def set_signal_mask(mask: int) -> int:
     """Block exactly the signals of the bit mask (bit n-1 = signal n); returns the mask before."""
-    old = ctypes.create_string_buffer(8)
-    syscall(NR["rt_sigprocmask"], 2, struct.pack("=Q", mask), old, _KERNEL_SIGSET)
-    return int.from_bytes(old.raw, "little")
+    syscall(NR["rt_sigprocmask"], 2, mask.to_bytes(8, "little"), _scratch.address, _KERNEL_SIGSET)
+    return int.from_bytes(_returned(8), "little")
 
 
 # ---- paths

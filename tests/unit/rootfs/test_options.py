@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shim.linux import mount as m
+from shim.oci.spec import IDMapping
 from shim.rootfs import idmap
 from shim.rootfs.options import parse
-from shim.oci.spec import IDMapping
 
 
 def test_data_keeps_order_and_flags() -> None:
