@@ -26,6 +26,9 @@ def setup(level: str, form: str) -> None:
     handler.setFormatter(_Formatter(RENDER[form]))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
+    for chatty in ("grpc", "asyncio"):
+        # At debug level they write a line per call of their own.
+        logging.getLogger(chatty).setLevel(logging.INFO)
 
 
 def text(when: float, level: str, message: str, fields: Mapping[str, object]) -> str:
