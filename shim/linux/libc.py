@@ -450,9 +450,8 @@ def openat2(dirfd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) 
 
 def fstatfs_type(fd: int) -> int:
     """The magic number of the file system behind ``fd`` (statfs f_type)."""
-    buffer = ctypes.create_string_buffer(120)
-    syscall(NR["fstatfs"], fd, buffer)
-    return int.from_bytes(buffer.raw[:8], "little")
+    syscall(NR["fstatfs"], fd, _scratch.address)
+    return int.from_bytes(_returned(8), "little")
 
 
 def overwrite(address: int, data: bytes) -> None:

@@ -5,7 +5,6 @@ Nothing here imports, executes or loads anything from the root; every path is re
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -86,12 +85,12 @@ def enter_cwd(rootfd: int, cwd: str) -> None:
 
 def verify_cwd(cwd: str) -> None:
     """getcwd(2) answers "(unreachable)/…" for a directory outside the root; libc's wrapper would hide it."""
-    buffer = ctypes.create_string_buffer(4096)
+    buffer = libc.Memory(bytes(4096))
     try:
-        libc.syscall(_NR_GETCWD, buffer, len(buffer))
+        libc.syscall(_NR_GETCWD, buffer.address, 4096)
     except OSError as error:
         raise Failure.wrap("working directory", "getcwd", error, cwd) from None
-    if not buffer.value.startswith(b"/"):
+    if not buffer.raw.startswith(b"/"):
         raise Failure("working directory", "getcwd", path=cwd, message="lies outside the container's root")
 
 

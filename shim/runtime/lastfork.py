@@ -58,13 +58,12 @@ class LastFork:
     def __init__(self, images: Sequence[libc.ExecImage], *, terminal: bool, filter_: Filter | None, pid_address: int) -> None:
         self._status = ctypes.c_int(0)
         argv, env = images[0].vectors
-        paths = [ctypes.create_string_buffer(image.path) for image in images]
         program, flags = (filter_.program, filter_.flags) if filter_ is not None else (0, 0)
         self._block = struct.pack(
-            f"8Q{len(paths) + 1}Q", _FLAGS, pid_address, ctypes.addressof(self._status), argv, env, program, flags, terminal,
-            *map(ctypes.addressof, paths), 0,
+            f"8Q{len(images) + 1}Q", _FLAGS, pid_address, ctypes.addressof(self._status), argv, env, program, flags, terminal,
+            *(image.path_address for image in images), 0,
         )  # fmt: skip
-        self._keep = (images, paths, filter_)
+        self._keep = (images, filter_)
 
     def run(self) -> None:
         """Returns once the program runs; this process is then done. Raises OSError from clone, or Failure with the step that failed."""

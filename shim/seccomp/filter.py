@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
 
 from shim.errors import Failure
@@ -29,10 +28,10 @@ class Filter:
         count, rest = divmod(len(bpf), 8)
         if rest or not 0 < count <= MAX_INSTRUCTIONS:
             raise Failure("seccomp", "install", message=f"{len(bpf)} bytes are not a filter of 1 to {MAX_INSTRUCTIONS} instructions")
-        code = ctypes.create_string_buffer(bpf, len(bpf))
-        program = ctypes.create_string_buffer(struct.pack("@HP", count, ctypes.addressof(code)))
+        code = libc.Memory(bpf)
+        program = libc.Memory(struct.pack("@HP", count, code.address))
         self._keep = (code, program)
-        self._address = ctypes.addressof(program)
+        self._address = program.address
         self._flags = flags
         self.notifies = bool(flags & NEW_LISTENER)
 
