@@ -105,6 +105,7 @@ class Supervisor:
         self._containers: dict[str, ContainerFacts] = {}
         self._consoles: dict[str, int] = {}
         self._sessions: dict[str, ExecSession] = {}
+        self._starting: dict[str, int | None] = {}  # exec sessions whose start is not answered; exit codes that overtook it
         self._tasks: set[asyncio.Task[None]] = set()
         self._orphans = Orphans(self._loop, self._orphan_ended)
         self.on_exit: Callable[[str, ExitRecord], None] = lambda container_id, exit: None
@@ -232,11 +233,17 @@ class Supervisor:
     ) -> ExecSession:
         """Run a process; the fds stay the caller's, who closes its copies after this. Raises Failure when execve fails."""
         given = {name: fd for name, fd in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)) if fd is not None}
-        with _payload(process) as payload:
-            fields = {"id": exec_id, "container": container_id, "tty": process.terminal, "fds": ["payload", *given]}
-            ok, fds = await self._call("exec.start", (payload, *given.values()), **fields)
+        self._starting[exec_id] = None
+        try:
+            with _payload(process) as payload:
+                fields = {"id": exec_id, "container": container_id, "tty": process.terminal, "fds": ["payload", *given]}
+                ok, fds = await self._call("exec.start", (payload, *given.values()), **fields)
+        finally:
+            code = self._starting.pop(exec_id)
         session = ExecSession(exec_id, container_id, ok["pid"], fds["pidfd"], fds.get("console"), self._loop.create_future())
         self._sessions[exec_id] = session
+        if code is not None:  # its exit was read in the same go as the answer
+            self._session_ended(exec_id, code)
         return session
 
     async def kill_exec(self, exec_id: str, number: int, *, tree: bool) -> None:
@@ -245,7 +252,7 @@ class Supervisor:
 
     # ---- the connection
 
-    def _call(self, op: str, fds: Sequence[int] = (), **fields: Any) -> Coroutine[Any, Any, tuple[dict[str, Any], dict[str, int]]]:
+    def _call(self, op: str, fds: Sequence[int] = (), /, **fields: Any) -> Coroutine[Any, Any, tuple[dict[str, Any], dict[str, int]]]:
         return self._ask(op, fds, fields)
 
     async def _ask(self, op: str, fds: Sequence[int], fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -341,6 +348,8 @@ class Supervisor:
 
     def _session_ended(self, exec_id: str, code: int) -> None:
         session = self._sessions.pop(exec_id, None)
+        if session is None and exec_id in self._starting:
+            self._starting[exec_id] = code
         if session is not None:
             os.close(session.pidfd)
             if not session.exited.done():
