@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection
-
-import grpc
+from typing import TYPE_CHECKING, Any
 
 from cri.images import rpc
 from cri.images.store import Images
 from protos.runtime.v1 import api_pb2 as v1
 from protos.runtime.v1 import api_pb2_grpc
 
-Context = grpc.aio.ServicerContext
+if TYPE_CHECKING:
+    import grpc
+
+    Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ImageService(api_pb2_grpc.ImageServiceServicer):

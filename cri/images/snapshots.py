@@ -174,12 +174,10 @@ class Snapshots:
             raise Failure.wrap("prepare container root", "writable layer", error, str(path)) from error
         return Recipe(type="overlay", lower=lowers, upper=str(upper), work=str(work))
 
-    def release(self, container_id: str) -> None:
-        """Give a container's layer back; nothing happens if it has none."""
-        self._uses.pop(container_id, None)
-        path = self._writable / container_id
-        if path.exists():
-            self._discard(path)
+    def release(self, container_id: str) -> tuple[str, ...]:
+        """Give a container's layer back and return the chain ids it used; nothing happens if it has none."""
+        self._discard(self._writable / container_id)
+        return self._uses.pop(container_id, ())
 
     def upper(self, container_id: str) -> Path:
         return self._writable / container_id / "upper"

@@ -209,8 +209,11 @@ class Images:
 
     async def release(self, container_id: str) -> None:
         """Give a container's root back (idempotent) and what only it still used."""
-        self.snapshots.release(container_id)
-        self._collect()
+        chains = self.snapshots.release(container_id)
+        if any(r.image.chain_ids == chains for r in self._records.values()):
+            self.snapshots.empty_trash()  # the usual case: its image is still here, so no layer goes with it
+        else:
+            self._collect()
 
     async def sweep(self, live: Collection[str]) -> None:
         """Release every root whose container is not in ``live``; for recovery."""
