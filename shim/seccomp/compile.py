@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import struct
 from collections.abc import Collection, Iterator
 
 from shim.errors import Failure
 from shim.linux import path
 from shim.oci.spec import Seccomp, SeccompArg, SeccompRule
-from shim.seccomp import profile
+from shim.seccomp import profile, tree
 from shim.seccomp.filter import Filter, flags
 
 RUNTIME_DEFAULT = "RuntimeDefault"
@@ -48,7 +47,7 @@ _TOKENS = {
     "x86_64": {"SCMP_ARCH_X86_64": 0xC000003E, "SCMP_ARCH_X86": 0x40000003, "SCMP_ARCH_X32": 0x4000003E},
     "aarch64": {"SCMP_ARCH_AARCH64": 0xC00000B7, "SCMP_ARCH_ARM": 0x40000028},
 }
-_X86_64, _X32_BIT = 0xC000003E, 0x40000000
+_X86_64, _X32, _X32_BIT, _MAX = 0xC000003E, 0x4000003E, 0x40000000, 0xFFFFFFFF
 
 # System calls that libraries in use do not know yet. From 424 on a number is the same on every architecture.
 _RECENT = {
@@ -58,7 +57,7 @@ _RECENT = {
     **{"file_setattr": 469, "listns": 470, "memfd_secret": 447, "process_mrelease": 448, "futex_waitv": 449},
     **{"set_mempolicy_home_node": 450},
 }
-_RECENT_HERE = {_X86_64: {"uretprobe": 335}}
+_RECENT_HERE = {_X86_64: {**_RECENT, "uretprobe": 335}, _X32: {}}
 
 
 def prepare(seccomp: Seccomp, caps: Collection[str], cache: int | None = None) -> Filter:
@@ -107,43 +106,71 @@ def _build(seccomp: Seccomp) -> bytes:
     if seccomp.default_action == "SCMP_ACT_NOTIFY":
         raise Failure("seccomp", path="defaultAction", message="SCMP_ACT_NOTIFY would ask about execve before anyone listens")
     tokens = _architectures(seccomp.architectures)
-    missing: dict[str, int] = {}  # name → action, for what the library does not know but we do
+    rules = [(rule, action) for rule in seccomp.syscalls if (action := _action(rule.action, rule.errno_ret)) != default]
+    plain = _plain(rules)
+    names = {name for rule in seccomp.syscalls for name in rule.names}
+    numbers = {token: {name: _number(token, name) for name in names} for token in tokens}
+    # What one architecture multiplexes (socketcall and ipc on x86 and arm) has a pseudo-number there that only libseccomp can expand.
+    ours = {name for name in plain if all(number not in _MULTIPLEXED for number in (numbers[token][name] for token in tokens))}
     with libseccomp.Builder(default) as builder:
         for token in tokens:
             builder.architecture(token)
         builder.attribute(libseccomp.CTL_OPTIMIZE, 2)
-        for rule in seccomp.syscalls:
-            action = _action(rule.action, rule.errno_ret)
-            if action == default:
-                continue  # says nothing; the library calls it an error
+        for rule, action in rules:
             for name in rule.names:
-                number = libseccomp.resolve(name)
-                if number != libseccomp.UNKNOWN:
+                if name not in ours and (number := libseccomp.resolve(name)) != libseccomp.UNKNOWN:
                     for comparisons in _comparisons(rule):
                         converted = [libseccomp.Comparison(arg.index, _OPERATORS[arg.op], arg.value, arg.value_two) for arg in comparisons]
                         builder.rule(name, number, action, converted)
-                elif not rule.args:
-                    missing.setdefault(name, action)
-        bpf = builder.export()
-    names = {name for rule in seccomp.syscalls for name in rule.names}
-    heads = []
+        rest = builder.export()
+    heads = _heads(tokens, numbers, {name: plain[name] for name in ours}, enosys=_wants_enosys(seccomp))
+    return b"".join(heads) + rest
+
+
+_MULTIPLEXED = range(-300, -100)
+
+
+def _plain(rules: list[tuple[SeccompRule, int]]) -> dict[str, int]:
+    """Names that get one action whatever their arguments. Where rules disagree, libseccomp decides which of them counts."""
+    actions: dict[str, set[int]] = {}
+    unconditional: set[str] = set()
+    for rule, action in rules:
+        for name in rule.names:
+            actions.setdefault(name, set()).add(action)
+            if not rule.args:
+                unconditional.add(name)
+    return {name: next(iter(actions[name])) for name in unconditional if len(actions[name]) == 1}
+
+
+def _number(token: int, name: str) -> int:
+    from shim.seccomp import libseccomp
+
+    number = libseccomp.resolve_for(token, name)
+    return _RECENT_HERE.get(token, _RECENT).get(name, number) if number == libseccomp.UNKNOWN else number
+
+
+def _heads(tokens: list[int], numbers: dict[int, dict[str, int]], plain: dict[str, int], *, enosys: bool) -> Iterator[bytes]:
+    refusal = _ACTIONS["SCMP_ACT_ERRNO"] | errno.ENOSYS
     for token in tokens:
-        if token == _TOKENS["x86_64"]["SCMP_ARCH_X32"]:
-            continue
-        newest = max((libseccomp.resolve_for(token, name) for name in names), default=-1)
-        heads.append(_head(token, _numbers(token, missing), newest if _wants_enosys(seccomp) else -1))
-    return b"".join(heads) + bpf
+        if token == _X32:
+            continue  # numbers of its own within x86_64's architecture
+        regions = []
+        sets = [(token, 0, _X32_BIT - 1 if token == _X86_64 else _MAX)]
+        if token == _X86_64:
+            sets.append((_X32, _X32_BIT, _MAX))
+        verdicts: dict[int, int] = {}
+        for each, first, last in sets:
+            known = {name: number for name, number in numbers.get(each, {}).items() if first <= number <= last}
+            verdicts |= {number: plain[name] for name, number in known.items() if name in plain}
+            if enosys:
+                regions.append((max(known.values(), default=first - 1) + 1, last, refusal))
+        yield tree.program(token, tree.segments(verdicts, regions))
 
 
 def _wants_enosys(seccomp: Seccomp) -> bool:
     """What is newer than the profile does not exist, instead of being forbidden: C libraries try new system calls first and fall back
     on ENOSYS only. A profile that says ENOSYS already, or that allows by default, needs nothing."""
     return seccomp.default_action not in _PERMISSIVE and seccomp.default_errno_ret != errno.ENOSYS
-
-
-def _numbers(token: int, missing: dict[str, int]) -> dict[int, int]:
-    known = {**_RECENT, **_RECENT_HERE.get(token, {})}
-    return {known[name]: action for name, action in missing.items() if name in known}
 
 
 def _action(name: str, value: int | None) -> int:
@@ -177,26 +204,3 @@ def _comparisons(rule: SeccompRule) -> Iterator[tuple[SeccompArg, ...]]:
         yield rule.args
     else:
         yield from ((arg,) for arg in rule.args)
-
-
-_LOAD, _JUMP_EQ, _JUMP_GT, _JUMP_GE, _RETURN, _JUMP = 0x20, 0x15, 0x25, 0x35, 0x06, 0x05
-_NR_OFFSET, _ARCH_OFFSET = 0, 4  # in struct seccomp_data
-_instruction = struct.Struct("<HBBI")
-
-
-def _head(arch: int, numbers: dict[int, int], newest: int) -> bytes:
-    """Runs before libseccomp's code, for one architecture: numbers that it does not know, then ENOSYS for what is newer than
-    ``newest`` (negative: for nothing). Falls through otherwise."""
-    body: list[tuple[int, int, int, int]] = [(_LOAD, 0, 0, _NR_OFFSET)]
-    for number, action in numbers.items():
-        body += [(_JUMP_EQ, 0, 1, number), (_RETURN, 0, 0, action)]
-    if newest >= 0:
-        enosys = (_RETURN, 0, 0, _ACTIONS["SCMP_ACT_ERRNO"] | errno.ENOSYS)
-        if arch == _X86_64:  # x32 numbers are all higher; libseccomp's code has them, or kills for the foreign architecture
-            body += [(_JUMP_GE, 2, 0, _X32_BIT), (_JUMP_GT, 0, 1, newest), enosys]
-        else:
-            body += [(_JUMP_GT, 0, 1, newest), enosys]
-    if len(body) == 1:
-        return b""
-    code = [(_LOAD, 0, 0, _ARCH_OFFSET), (_JUMP_EQ, 1, 0, arch), (_JUMP, 0, 0, len(body)), *body]
-    return b"".join(_instruction.pack(*each) for each in code)
