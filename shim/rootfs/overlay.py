@@ -89,9 +89,34 @@ def _short(path: str, layers: list[int]) -> str:
 
 def _overlay_in_one_value(recipe: Recipe, lower: list[str], layers: list[int]) -> int:
     """fsconfig's values end at 255 bytes and mount(2)'s at a page: layers are named by fd, relative to /proc/self/fd."""
+    before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        values = _values_by_fd(recipe, lower, layers)
+        os.chdir("/proc/self/fd")
+        if max(map(len, values.values())) <= _STRING:
+            return m.new_filesystem("overlay", {"source": "overlay", **{key: value or None for key, value in values.items()}})
+        # mount(2) has to mount somewhere: in a mount namespace of our own, which stage1 leaves for the container's next. Layers count
+        # only if they were opened in the namespace that mounts.
+        libc.unshare(libc.CLONE_NEWNS)
+        m.make_private("/")
+        values = _values_by_fd(recipe, lower, layers)
+        os.chdir("/proc/self/fd")
+        data = ",".join(f"{key}={value}" if value else key for key, value in values.items())
+        if len(data) > _PAGE:
+            raise OSError(errno.E2BIG, "too many layers for this kernel")
+        target = recipe.work or recipe.lower[0]
+        m.mount("overlay", target, "overlay", 0, data)
+        return m.open_tree(m.AT_FDCWD, target)
+    finally:
+        os.fchdir(before)
+        os.close(before)
+
+
+def _values_by_fd(recipe: Recipe, lower: list[str], layers: list[int]) -> dict[str, str]:
+    """The options of the mount, every directory opened and named by the number of its fd."""
 
     def name(path: str) -> str:
-        if path.startswith("/proc/self/fd/"):
+        if path.startswith("/proc/self/fd/"):  # an idmapped layer: already one
             return path.rpartition("/")[2]
         layers.append(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
         return str(layers[-1])
@@ -102,23 +127,4 @@ def _overlay_in_one_value(recipe: Recipe, lower: list[str], layers: list[int]) -
     for option in recipe.options:
         key, _, value = option.partition("=")
         values[key] = value
-    before = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    os.chdir("/proc/self/fd")
-    try:
-        if max(map(len, values.values())) <= _STRING:
-            return m.new_filesystem("overlay", {"source": "overlay", **{k: v or None for k, v in values.items()}})
-        data = ",".join(f"{key}={value}" if value else key for key, value in values.items())
-        if len(data) > _PAGE:
-            raise OSError(errno.E2BIG, "too many layers for this kernel")
-        return _mounted_aside(data)
-    finally:
-        os.fchdir(before)
-        os.close(before)
-
-
-def _mounted_aside(data: str) -> int:
-    """mount(2) has to mount somewhere: in a mount namespace of our own, left at once (stage1 goes on to the container's)."""
-    libc.unshare(libc.CLONE_NEWNS)
-    m.make_private("/")
-    m.mount("overlay", "/", "overlay", 0, data)  # on top of the root: nothing is looked up through it, "." stays where it is
-    return m.open_tree(m.AT_FDCWD, "/")
+    return values
