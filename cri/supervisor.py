@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,16 +247,22 @@ class Supervisor:
             self._session_ended(exec_id, code)
         return session
 
+    async def _end_unwanted(self, exec_id: str, starting: asyncio.Task[tuple[dict[str, Any], dict[str, int]]]) -> None:
+        """The caller was cancelled while its process was being started: nobody would ever end it."""
+        try:
+            _, fds = await starting
+        except Failure:
+            return
+        _close_all(fds.values())
+        await self.kill_exec(exec_id, signal.SIGKILL, tree=True)
+
     async def kill_exec(self, exec_id: str, number: int, *, tree: bool) -> None:
         """Signal the process, with ``tree`` also its descendants and nothing else of the container. One that has ended is fine."""
         await self._call("exec.kill", id=exec_id, signal=number, tree=tree)
 
     # ---- the connection
 
-    def _call(self, op: str, fds: Sequence[int] = (), /, **fields: Any) -> Coroutine[Any, Any, tuple[dict[str, Any], dict[str, int]]]:
-        return self._ask(op, fds, fields)
-
-    async def _ask(self, op: str, fds: Sequence[int], fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    async def _call(self, op: str, fds: Sequence[int] = (), /, **fields: Any) -> tuple[dict[str, Any], dict[str, int]]:
         """One request to its answer, asked again of a successor where that is safe."""
         while True:
             if not self._up.is_set():

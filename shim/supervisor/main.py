@@ -172,16 +172,20 @@ def only_one(state: int) -> None:
 
 
 def verify_interpreter() -> None:
-    """CVE-2019-5736: nobody may write to the file we run from, not even through /proc/self/exe."""
+    """CVE-2019-5736: nobody may write to the file we run from, not even by way of /proc/PID/exe.
+
+    While it runs every open for writing is ETXTBSY; an attacker keeps an O_PATH fd and opens that later, and then the mount that the fd
+    lies on decides. So that mount has to be read-only.
+    """
+    fd = os.open("/proc/self/exe", os.O_PATH | os.O_CLOEXEC)
     try:
-        os.close(os.open("/proc/self/exe", os.O_WRONLY | os.O_CLOEXEC))
+        os.close(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC))
     except OSError as error:
-        if error.errno == errno.EROFS:
+        if error.errno in (errno.EROFS, errno.ETXTBSY) and os.fstatvfs(fd).f_flag & os.ST_RDONLY:
             return
-        why = errno.errorcode.get(error.errno or 0, "?")
-    else:
-        why = "it opened"
-    raise Failure("start supervisor", "open", path="/proc/self/exe", message=f"the interpreter could be written to: {why}, not EROFS")
+    finally:
+        os.close(fd)
+    raise Failure("start supervisor", "open", path="/proc/self/exe", message="the interpreter could be written to through this path")
 
 
 def raise_nofile() -> None:
