@@ -143,12 +143,25 @@ def _unavailable(controller: str, directory: str, refusal: tuple[str, OSError] |
 # ---- processes
 
 
-def open_dir(group: Group) -> int:
+def open_dir(group: Group, member: int | None) -> int:
     """For CLONE_INTO_CGROUP: the child is born in the group, without the lock that moving a process takes."""
+    directory = group.paths[""]
     try:
-        return os.open(group.paths[""], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if member is not None and files.read_value(f"{directory}/cgroup.subtree_control"):
+            directory = _directory_of(member, group)
+        return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise Failure.wrap("join cgroup", "open", error, group.paths[""]) from error
+        raise Failure.wrap("join cgroup", "open", error, directory) from error
+
+
+def _directory_of(pid: int, group: Group) -> str:
+    """Where inside the group a process is; the group's own directory if it is somewhere else."""
+    top = group.paths[""]
+    for line in files.read(f"/proc/{pid}/cgroup").splitlines():
+        path = line.removeprefix("0::")
+        if path.startswith(f"{group.path}/") and ".." not in path.split("/"):
+            return top + path.removeprefix(group.path)
+    return top
 
 
 def join(group: Group) -> None:

@@ -140,6 +140,21 @@ def test_born_in_the_group(layout: Layout, parent: str) -> None:
     os.close(directory)
 
 
+def test_exec_into_a_container_that_manages_groups(layout: Layout, parent: str, run: Callable[..., int]) -> None:
+    if layout.version == 1:
+        pytest.skip("version 1 takes processes anywhere")
+    group = manager.create(layout, f"{parent}/a")
+    inner = manager.create(layout, f"{parent}/a/init.scope")
+    init = run(inner, sleeper)
+    directory = manager.open_dir(group, init)
+    assert directory is not None
+    pid, _ = libc.clone3(0, cgroup=directory)
+    if pid == 0:
+        os._exit(0 if files.read("/proc/self/cgroup").strip() == f"0::{inner.path}" else 1)
+    assert exit_code(pid) == 0
+    os.close(directory)
+
+
 def test_a_group_in_use_is_refused_and_an_empty_one_replaced(layout: Layout, parent: str, run: Callable[..., int]) -> None:
     group = manager.create(layout, f"{parent}/a", Resources(pids=Pids(7)))
     again = manager.create(layout, f"{parent}/a")
