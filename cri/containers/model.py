@@ -56,6 +56,7 @@ class Container:
         "name",
         "pod",
         "process",
+        "releasing",
         "removing",
         "status",
         "stopping",
@@ -68,6 +69,7 @@ class Container:
         self.ended = asyncio.Event()  # the process has exited and the record says so
         self.execs: set[str] = set()  # exec sessions in flight
         self.process: Process | None = None  # of the spec, loaded at the first exec
+        self.releasing: asyncio.Task[None] | None = None
         self.removing = False
         self.stopping: Stopping | None = None
         self.listed: v1.Container | None = None

@@ -113,8 +113,7 @@ async def end(container: Container, *, containers: Containers, supervisor: Super
     """No process of the container is left afterwards, whatever state it was in, and the runtime core has forgotten it."""
     if container.state == v1.CONTAINER_CREATED:
         async with container.lock:
-            if container.state == v1.CONTAINER_CREATED:
-                await supervisor.delete_container(container.id)
+            if container.state == v1.CONTAINER_CREATED:  # not started meanwhile; from here on it cannot be
                 record = ExitRecord(NEVER_STARTED_CODE, now(), reason="Error", message="stopped before it was started", signal=9)
                 containers.exited(container, record)
     await stop_running(container, 0, supervisor=supervisor)
@@ -122,10 +121,19 @@ async def end(container: Container, *, containers: Containers, supervisor: Super
 
 
 async def release(container: Container, *, containers: Containers, supervisor: Supervisor) -> None:
-    """Let the runtime core forget an ended container: processes it left behind are killed, its cgroup goes."""
+    """Let the runtime core forget an ended container: processes it left behind are killed, its cgroup goes. Callers join."""
     if container.facts.released_at:
         return
-    await supervisor.delete_container(container.id)
-    if not container.facts.released_at:
+    if container.releasing is None:
+        container.releasing = asyncio.create_task(_release(container, containers, supervisor), name=f"release {container.id[:13]}")
+        container.releasing.add_done_callback(lambda task: task.cancelled() or task.exception())
+    await asyncio.shield(container.releasing)
+
+
+async def _release(container: Container, containers: Containers, supervisor: Supervisor) -> None:
+    try:
+        await supervisor.delete_container(container.id)
         container.facts.released_at = now()
         containers.save_soon(container)
+    finally:
+        container.releasing = None
