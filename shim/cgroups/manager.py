@@ -65,40 +65,6 @@ def open_dir(group: Group, member: int | None = None) -> int | None:
     return None if group.version == 1 else v2.open_dir(group, member)
 
 
-def apply(self, group: Group, layout: Layout, resources: Resources) -> None: ...
-    def pids(self, group: Group) -> list[int]: ...
-    def kill(self, group: Group, deadline: float) -> set[int]: ...
-    def freeze(self, group: Group, deadline: float) -> None: ...
-    def thaw(self, group: Group) -> None: ...
-    def remove(self, group: Group, retry: Callable[[str], None]) -> None: ...
-
-
-def _backend(version: int) -> _Backend:
-    if version == 1:
-        return v1
-    return v2
-
-
-def create(layout: Layout, cgroups_path: str, resources: Resources | None = None) -> Group:
-    """Make the group with its limits and device rules; parents that are missing too. Nothing is left after a Failure.
-
-    A group of that path that holds processes or groups is EEXIST; an empty one is replaced. Resources without device rules leave
-    devices to the parent.
-    """
-    path = checked_path(cgroups_path)
-    return _backend(layout.version).create(layout, path, resources or Resources())
-
-
-def join(group: Group) -> None:
-    """Move the calling process, which must have one thread, into the group."""
-    _backend(group.version).join(group)
-
-
-def open_dir(group: Group) -> int | None:
-    """A directory fd for CLONE_INTO_CGROUP; None on version 1, where the child has to ``join``."""
-    return None if group.version == 1 else v2.open_dir(group)
-
-
 def apply(layout: Layout, group: Group, resources: Resources) -> None:
     """New limits for a group in use; what ``resources`` leaves out stays. All or nothing, apart from lists of devices.
 
