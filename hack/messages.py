@@ -87,7 +87,7 @@ def container_config(
         image=v1.ImageSpec(image=image),
         command=command,
         args=args,
-        envs=[v1.KeyValue(key=k, value=v) for k, v in (env or {}).items()],
+        envs=[v1.KeyValue(key=k, value=v.encode()) for k, v in (env or {}).items()],
         mounts=mounts,
         log_path=f"{name}-{attempt}.log" if log_path is None else log_path,
         linux=v1.LinuxContainerConfig(resources=resources, security_context=context),

@@ -21,7 +21,7 @@ from shim.cgroups.group import Group
 from shim.errors import Failure
 from shim.linux import libc, mount
 from shim.oci import bundle as bundles
-from shim.oci import codec
+from shim.oci import codec, validate
 from shim.oci.bundle import Recipe
 from shim.oci.spec import NamespaceType, Spec
 from shim.rootfs import ops as rootfs
@@ -53,6 +53,7 @@ class Container:
     def __call__(self, channel: Channel) -> None:
         proc = None if self.target is None else namespaces.proc_of(self.target)  # before the heap holds any secret
         spec, recipe = bundles.load_spec(self.bundle), bundles.load_recipe(self.bundle)
+        validate.validate(spec)
         start_clean(self.context, spec.process.oom_score_adj)
         Stage1(self, channel, spec, recipe, proc).run()
 

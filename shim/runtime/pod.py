@@ -16,6 +16,7 @@ from shim.cgroups import manager as cgroups
 from shim.errors import Failure
 from shim.linux import caps, libc, mount, process
 from shim.oci import bundle as bundles
+from shim.oci import validate
 from shim.oci.sandbox import Sandbox
 from shim.oci.spec import NamespaceType
 from shim.runtime import pid1, sysctl
@@ -45,6 +46,7 @@ class Pod:
 
     def __call__(self, channel: Channel) -> None:
         sandbox = bundles.load_sandbox(self.directory)
+        validate.validate_sandbox(sandbox)
         if NamespaceType.USER in sandbox.namespaces or sandbox.uid_mappings:
             raise Failure("create pod", "namespaces", message="user namespaces are not built yet", path="namespaces")
         process.reset_inherited(self.context.inherited)
