@@ -149,21 +149,28 @@ def _all_pids(group: Group) -> set[int]:
 def kill(group: Group, deadline: float) -> set[int]:
     """SIGKILL for everything in the group until it is empty or ``deadline`` (monotonic) has passed. Returns who is left.
 
-    Every round stops the group first, so that nothing forks past the signals and no pid is reused between list and signal; a group
-    that does not stop in time (a process in D state) is signalled all the same. Thawed at the end, whoever froze it.
+    Once as it is, which is enough for most; then in rounds that stop the group first, so that nothing forks past the signals. A group
+    that does not stop in time (a process in D state) is signalled all the same, and thawed at the end, whoever froze it.
     """
-    pause = 0.0005
-    while left := _all_pids(group):
-        _set_frozen(group, True)
-        _await_state(group, "FROZEN", 0.02)
-        for pid in _all_pids(group):
-            _kill_member(group, pid)
-        _set_frozen(group, False)
+    pause = 0.002
+    left = _signal_all(group)
+    while left:
         left = _until_empty(group, min(deadline, time.monotonic() + pause))
         if not left or time.monotonic() >= deadline:
             break
+        _set_frozen(group, True)
+        _await_state(group, "FROZEN", 0.02)
+        _signal_all(group)
+        _set_frozen(group, False)
         pause = min(pause * 2, 0.1)
     return left
+
+
+def _signal_all(group: Group) -> set[int]:
+    members = _all_pids(group)
+    for pid in members:
+        _kill_member(group, pid)
+    return members
 
 
 def _until_empty(group: Group, deadline: float) -> set[int]:
