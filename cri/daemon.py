@@ -14,10 +14,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
-
-import grpc
 
 from cri import startup
 from cri.api import server
@@ -60,7 +58,12 @@ async def _serve(config: Config, link: client.Link) -> None:
     stop = asyncio.Event()
     _signals(stop)
     async with _parts(config, link) as (parts, recovery):
-        table = _handlers(config, parts)
+        edge = _edge(config)
+        services = v1.DESCRIPTOR.services_by_name
+        table = {
+            **edge.handlers(RuntimeService(parts), services["RuntimeService"]),
+            **edge.handlers(ImageService(parts.images, parts.node.handlers), services["ImageService"]),
+        }
         recovery.load()
         listening = await server.listen(config.socket, table)
         settling = asyncio.create_task(recovery.settle(), name="recovery")
@@ -74,6 +77,7 @@ async def _serve(config: Config, link: client.Link) -> None:
         _notify("STOPPING=1")
         log.info("stopping")
         await listening.stop(GRACE)
+        await edge.quiet(GRACE)
         config.socket.unlink(missing_ok=True)
         settling.cancel()
 
@@ -124,18 +128,13 @@ def _network(config: Config, layout: Layout) -> Network:
     return AbsentNetwork('CNI is not built in this version; set mode = "bridge" under [network]')
 
 
-def _handlers(config: Config, parts: Parts) -> Mapping[str, grpc.RpcMethodHandler[bytes, bytes]]:
+def _edge(config: Config) -> Edge:
     observe: Observer | None = None
     if config.metrics.listen:
         from cri import metrics
 
         observe = metrics.listen(config.metrics.listen)
-    edge = Edge(config.log.format, config.log.level, polls=config.log.polls, observe=observe)
-    services = v1.DESCRIPTOR.services_by_name
-    return {
-        **edge.handlers(RuntimeService(parts), services["RuntimeService"]),
-        **edge.handlers(ImageService(parts.images, parts.node.handlers), services["ImageService"]),
-    }
+    return Edge(config.log.format, config.log.level, polls=config.log.polls, observe=observe)
 
 
 def _signals(stop: asyncio.Event) -> None:
@@ -151,7 +150,9 @@ def _dump() -> None:
     """Where each task waits; the threads' stacks have been written already."""
     tasks = asyncio.all_tasks()
     for task in sorted(tasks, key=lambda t: t.get_name()):
-        task.print_stack(limit=8, file=sys.stderr)
+        # Not print_stack: it reads source files, and fails on frames between two lines.
+        where = [f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}" for frame in task.get_stack(limit=8)]
+        print(f"task {task.get_name()}: {task.get_coro()}", *where, sep="\n  ", file=sys.stderr)
     log.info("dumped", extra={"fields": {"tasks": len(tasks)}})
 
 

@@ -44,6 +44,13 @@ class Edge:
         self._render = log.RENDER[form]
         self._threshold = logging.getLevelName(level.upper())
         self._polls, self._observe = polls, observe
+        self.running = 0
+
+    async def quiet(self, seconds: float) -> None:
+        """Waits until no handler runs, for so long at most: gRPC's stop cancels them, and they may still have to give things back."""
+        end = time.monotonic() + seconds
+        while self.running and time.monotonic() < end:
+            await asyncio.sleep(0.02)
 
     def handlers(self, servicer: object, service: ServiceDescriptor) -> dict[str, grpc.RpcMethodHandler[bytes, bytes]]:
         """Full method name to handler, for every RPC of the service; what the servicer does not override is UNIMPLEMENTED."""
@@ -103,10 +110,11 @@ class _Call:
         self.results = [n for n in ("pod_sandbox_id", "container_id", "image_ref", "exit_code") if n in method.output_type.fields_by_name]
 
     def unary(self, verb: Callable[[Any, Context], Awaitable[Message]]) -> Callable[[bytes, Context], Awaitable[bytes]]:
-        done = self.edge.done
+        edge, done = self.edge, self.edge.done
 
         async def handle(raw: bytes, context: Context) -> bytes:
             started = time.perf_counter()
+            edge.running += 1
             log.request_id.set(f"{_prefix}-{next(_counter):x}")
             request: Message | None = None
             try:
@@ -116,16 +124,19 @@ class _Call:
             except BaseException as error:
                 code, text = self._failed(started, request, error)
                 await _abort(context, code, text, error)
+            finally:
+                edge.running -= 1
             done(self, started, request, response, "OK", None)
             return answer
 
         return handle
 
     def streaming(self, verb: Callable[[Any, Context], AsyncIterator[Message]]) -> Callable[[bytes, Context], AsyncIterator[bytes]]:
-        done = self.edge.done
+        edge, done = self.edge, self.edge.done
 
         async def handle(raw: bytes, context: Context) -> AsyncIterator[bytes]:
             started = time.perf_counter()
+            edge.running += 1
             log.request_id.set(f"{_prefix}-{next(_counter):x}")
             request: Message | None = None
             try:
@@ -135,6 +146,8 @@ class _Call:
             except BaseException as error:
                 code, text = self._failed(started, request, error)
                 await _abort(context, code, text, error)
+            finally:
+                edge.running -= 1
             done(self, started, request, None, "OK", None)
 
         return handle

@@ -38,6 +38,7 @@ def test_run_returns_output_and_exit_code(daemon: Daemon, busybox: str, network:
 
 def test_run_options_reach_the_container(daemon: Daemon, busybox: str, tmp_path: Any) -> None:
     (tmp_path / "f").write_text("shared")
+    tmp_path.chmod(0o755)
     script = "id -u; id -g; echo $A; pwd; cat /mnt/f; touch /mnt/g /x; hostname"
     done = run(
         *(daemon, "--user", "1000:1001", "-e", "A=b c", "-w", "/tmp", "-v", f"{tmp_path}:/mnt:ro", "--hostname", "box", "--read-only"),

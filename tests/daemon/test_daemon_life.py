@@ -96,7 +96,7 @@ def test_sigusr1_tells_what_it_is_doing(daemon: Daemon) -> None:
     wait_for("the dump", lambda: " dumped " in daemon.log.read_text()[before:])
     said = daemon.log.read_text()[before:]
     assert "most recent call first" in said, "stacks of threads"
-    assert "Stack for <Task" in said, "stacks of tasks"
+    assert "task Task-1: <coroutine object _serve" in said, "stacks of tasks"
     daemon.runtime.Version(v1.VersionRequest(), timeout=5)
 
 
