@@ -17,6 +17,7 @@ from shim.linux import libc
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 1, 2, 4, 8, 16
 
 _O_PATH, _O_DIRECTORY, _O_NOFOLLOW = os.O_PATH, os.O_DIRECTORY, os.O_NOFOLLOW
+_PROC_SUPER_MAGIC = 0x9FA0
 _RACES = 256  # a busy host renames all the time, and each rename anywhere can make one lookup with ".." fail
 _LINKS = 40  # the kernel's own limit (MAXSYMLINKS)
 _serial = count()
@@ -96,6 +97,9 @@ def _longest_prefix(root: int, parts: list[str]) -> tuple[int, int]:
 
 
 def _expand(directory: int, parts: list[str], index: int) -> str:
+    if libc.fstatfs_type(directory) == _PROC_SUPER_MAGIC:
+        # The text of a magic link names a file of the host or of ours, and creating that path in the root is nobody's wish.
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), "/".join(parts))
     try:
         target = os.readlink(parts[index], dir_fd=directory)
     except OSError as error:
