@@ -259,13 +259,14 @@ def _target(prepared: Prepared, rootfd: int, destination: str, *, directory: boo
     parent, _, name = destination.rpartition("/")
     if parent in prepared.own and name in prepared.own[parent][1]:
         return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=prepared.own[parent][0])
-    make = paths.mkdir_all_in_root if directory else paths.create_file_in_root
-    fd = make(rootfd, destination)
+    try:
+        fd = paths.mkdir_all_in_root(rootfd, destination) if directory else paths.create_file_in_root(rootfd, destination)
+    except NotADirectoryError:
+        raise Failure(_PHASE, "mount", path=destination, message="the way there leads over something that is not a directory") from None
     status = os.fstat(fd)
-    if stat.S_ISDIR(status.st_mode) != directory:
+    if stat.S_ISDIR(status.st_mode) and not directory:
         os.close(fd)
-        kind = "directory" if directory else "file"
-        raise Failure(_PHASE, "mount", path=destination, message=f"the source is a {kind} and the destination in the image is not")
+        raise Failure(_PHASE, "mount", path=destination, message="the source is a file and the destination in the image a directory")
     for where, (_, device) in prepared.pseudo.items():
         # A symlink in the image or a volume that leads into /proc or /sys (CVE-2023-27561, CVE-2019-19921).
         if status.st_dev == device and not destination.startswith(where + "/"):

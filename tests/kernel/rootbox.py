@@ -147,11 +147,14 @@ class _Job:
             m.make_private("/")
             if before:
                 before()
+            operations = plan.plan(self.spec, self.recipe, cgroup_version=self.version, cgroup_paths=self.cgroup_paths)
+            prepared = ops.prepare(operations, self.recipe, shm_fd=self.shm() if self.shm else None)
             out, into = os.pipe()
             pid, pidfd = libc.clone3(libc.CLONE_NEWPID, pidfd=True)
             if pid == 0:
-                self.container(into)
+                self.container(into, operations, prepared)
             os.close(into)
+            prepared.close()
             if during:
                 during()
             with open(out, "rb") as file:
@@ -165,12 +168,10 @@ class _Job:
         finally:
             os._exit(0)
 
-    def container(self, out: int) -> NoReturn:
+    def container(self, out: int, operations: tuple[plan.Op, ...], prepared: ops.Prepared) -> NoReturn:
         try:
             signal.alarm(SECONDS)
             libc.unshare(libc.CLONE_NEWNET | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS)
-            operations = plan.plan(self.spec, self.recipe, cgroup_version=self.version, cgroup_paths=self.cgroup_paths)
-            prepared = ops.prepare(operations, self.recipe, shm_fd=self.shm() if self.shm else None)
             os.close(ops.lean_namespace())
             libc.unshare(libc.CLONE_NEWNS)
             rootfd = ops.attach_root(prepared)
