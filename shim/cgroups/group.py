@@ -86,6 +86,54 @@ def read_value(path: str) -> str:
         os.close(fd)
 
 
+def make(directory: str, made: list[str]) -> None:
+    """A fresh directory, its missing parents first; each is added to ``made``. Raises Failure.
+
+    A leftover of a crash keeps its old limits, so an empty one is replaced; one in use is EEXIST.
+    """
+    try:
+        try:
+            os.mkdir(directory, 0o755)
+        except FileNotFoundError:
+            _make_parents(directory, made)
+            os.mkdir(directory, 0o755)
+        except FileExistsError:
+            try:
+                os.rmdir(directory)
+            except OSError as error:
+                raise OSError(errno.EEXIST, "the group exists and is in use", directory) from error
+            os.mkdir(directory, 0o755)
+    except OSError as error:
+        message = "the group exists and is in use" if error.errno == errno.EEXIST else ""
+        raise Failure("create cgroup", "mkdir", errno=error.errno, path=directory, message=message) from error
+    made.append(directory)
+
+
+def _make_parents(directory: str, made: list[str]) -> None:
+    missing = []
+    parent = os.path.dirname(directory)
+    while not os.path.isdir(parent):
+        missing.append(parent)
+        parent = os.path.dirname(parent)
+    for parent in reversed(missing):
+        try:
+            os.mkdir(parent, 0o755)
+        except FileExistsError:  # another container of the same pod was faster
+            continue
+        made.append(parent)
+
+
+def undo(made: list[str], error: BaseException) -> None:
+    """Remove what ``make`` made, the last first; what cannot be removed is told with ``error``."""
+    for directory in reversed(made):
+        try:
+            os.rmdir(directory)
+        except OSError as second:
+            # Another container of the same new pod may be in a parent by now.
+            if second.errno != errno.EBUSY and isinstance(error, Failure):
+                error.message += f" (and removing {directory} failed: {second.strerror})"
+
+
 def tree(directory: str) -> Iterator[str]:
     """``directory`` and the groups below it, children before parents; nothing if it does not exist."""
     try:

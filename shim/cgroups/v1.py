@@ -26,61 +26,26 @@ def create(layout: Layout, path: str, resources: Resources) -> Group:
     made: list[str] = []
     try:
         for directory in group.directories:
-            _make(directory, made)
+            files.make(directory, made)
         if "cpuset" in layout.controllers:
-            _inherit_cpuset(group.paths["cpuset"], made)
+            _inherit_cpuset(group.paths["cpuset"])
         execute(group, writes, "create cgroup")
         if policy is not None:
             _restrict_devices(group, policy)
-    except BaseException:
-        for directory in reversed(made):
-            os.rmdir(directory)
+    except BaseException as error:
+        files.undo(made, error)
         raise
     return group
 
 
-def _make(directory: str, made: list[str]) -> None:
-    try:
-        os.mkdir(directory, 0o755)
-    except FileNotFoundError:
-        _make_parents(directory, made)
-        os.mkdir(directory, 0o755)
-    except FileExistsError:
-        # A leftover of a crash keeps its old limits: only a fresh directory has the kernel's defaults.
-        try:
-            os.rmdir(directory)
-        except OSError as error:
-            raise Failure("create cgroup", "mkdir", errno=errno.EEXIST, path=directory, message="the group exists and is in use") from error
-        os.mkdir(directory, 0o755)
-    except OSError as error:
-        raise Failure.wrap("create cgroup", "mkdir", error, directory) from error
-    made.append(directory)
-
-
-def _make_parents(directory: str, made: list[str]) -> None:
-    missing = []
-    parent = os.path.dirname(directory)
-    while not os.path.isdir(parent):
-        missing.append(parent)
-        parent = os.path.dirname(parent)
-    for parent in reversed(missing):
-        try:
-            os.mkdir(parent, 0o755)
-        except FileExistsError:  # another container of the same pod was faster
-            continue
-        except OSError as error:
-            raise Failure.wrap("create cgroup", "mkdir", error, parent) from error
-        made.append(parent)
-
-
-def _inherit_cpuset(directory: str, made: list[str]) -> None:
+def _inherit_cpuset(directory: str) -> None:
     """A new cpuset has no CPUs and no memory nodes, and takes no process (ENOSPC) until it is given some."""
     parent = os.path.dirname(directory)
     for name in ("cpuset.cpus", "cpuset.mems"):
         try:
             value = files.read_value(f"{parent}/{name}")
             if not value:
-                _inherit_cpuset(parent, made)  # made by us a moment ago, or by someone who left it unusable
+                _inherit_cpuset(parent)  # made by us a moment ago, or by someone who left it unusable
                 value = files.read_value(f"{parent}/{name}")
             files.write(f"{directory}/{name}", value)
         except OSError as error:

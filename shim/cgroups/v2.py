@@ -24,47 +24,16 @@ def create(layout: Layout, path: str, resources: Resources) -> Group:
     directory = layout.root + path
     made: list[str] = []
     try:
-        _make(directory, made)
+        files.make(directory, made)
         _require(layout, path, directory, {write.controller for write in writes if not write.optional})
         group = Group(2, path, {"": directory})
         execute(group, writes, "create cgroup")
         if policy is not None:
             bpf.attach(directory, policy)
-    except BaseException:
-        for each in reversed(made):
-            os.rmdir(each)
+    except BaseException as error:
+        files.undo(made, error)
         raise
     return group
-
-
-def _make(directory: str, made: list[str]) -> None:
-    try:
-        os.mkdir(directory, 0o755)
-    except FileNotFoundError:
-        missing = [directory]
-        while not os.path.isdir(parent := os.path.dirname(missing[-1])):
-            missing.append(parent)
-        for each in reversed(missing):
-            try:
-                os.mkdir(each, 0o755)
-            except FileExistsError:
-                if each == directory:
-                    raise
-                continue  # another container of the same pod was faster
-            except OSError as error:
-                raise Failure.wrap("create cgroup", "mkdir", error, each) from error
-            made.append(each)
-        return
-    except FileExistsError:
-        # A leftover of a crash keeps its old limits: only a fresh directory has the kernel's defaults.
-        try:
-            os.rmdir(directory)
-        except OSError as error:
-            raise Failure("create cgroup", "mkdir", errno=errno.EEXIST, path=directory, message="the group exists and is in use") from error
-        os.mkdir(directory, 0o755)
-    except OSError as error:
-        raise Failure.wrap("create cgroup", "mkdir", error, directory) from error
-    made.append(directory)
 
 
 # ---- controllers
@@ -117,7 +86,7 @@ def _switch_on(ancestor: str, wanted: set[str]) -> dict[str, OSError]:
 
 def _names(file: str) -> set[str]:
     try:
-        return set(files.read(file).split())
+        return set(files.read_value(file).split())
     except OSError as error:
         raise Failure.wrap("create cgroup", "read", error) from error
 
