@@ -40,7 +40,7 @@ from shim import client
 from shim.cgroups import layout as cgroups
 
 #: Seconds for RPCs in flight after SIGTERM. Whatever takes longer is safe to cut short: it would be at a SIGKILL too.
-GRACE = 5.0
+GRACE = 3.0
 
 log = logging.getLogger("cri.daemon")
 
