@@ -50,8 +50,13 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class PodFacts:
-    pid: int
+    pid: int  # of PID 1, 0 without one
+    starttime: int
     ready: bool  # False: its namespaces are gone
+
+    @classmethod
+    def from_hello(cls, fields: dict[str, Any]) -> PodFacts:
+        return cls(fields["pid"], fields["starttime"], fields["ready"])
 
 
 @dataclass(slots=True)
@@ -121,6 +126,9 @@ class Supervisor:
         if link is None:
             link = await asyncio.to_thread(client.ensure, state, python, runtime_cgroup=runtime_cgroup)
         self._take(link)
+        if link.spawned:  # what an earlier one left may be ours to reap
+            self._watch_orphans()
+        await self._hand_over()
         self._up.set()
         if self._pods or self._containers:
             self._background(self._fetch_handles())
@@ -158,7 +166,7 @@ class Supervisor:
             ok, fds = await self._call("pod.create", (fd,), id=pod_id)
         netlink = fds.pop("netlink", None)
         self._pod_fds[pod_id] = fds
-        self._pods[pod_id] = PodFacts(ok["pid"], True)
+        self._pods[pod_id] = PodFacts(ok["pid"], ok["starttime"], True)
         return PodHandles(ok["pid"], netlink)
 
     async def pod_netlink(self, pod_id: str) -> int:
@@ -265,6 +273,8 @@ class Supervisor:
     async def _call(self, op: str, fds: Sequence[int] = (), /, **fields: Any) -> tuple[dict[str, Any], dict[str, int]]:
         """One request to its answer, asked again of a successor where that is safe."""
         while True:
+            if self._closed:  # SIGTERM came first; without this, a call that may be repeated would be, for ever
+                raise Failure(op, path=str(fields.get("id", "")), message="the daemon is stopping")
             if not self._up.is_set():
                 await self._up.wait()
             try:
@@ -371,7 +381,7 @@ class Supervisor:
         self._writing = False
         self._loop.add_reader(link.socket.fileno(), self._readable)
         for pod in link.hello["pods"]:
-            self._pods[pod["id"]] = PodFacts(pod["pid"], pod["ready"])
+            self._pods[pod["id"]] = PodFacts.from_hello(pod)
         for entry in link.hello["containers"]:
             user = codec.from_json(User, entry["user"] or {})
             facts = ContainerFacts(entry["pod"], entry["pid"], entry["starttime"], entry["started_at"], entry["tty"], user)
@@ -417,12 +427,15 @@ class Supervisor:
         self._up.clear()
         log.warning("supervisor %d is gone (%s), starting another", self.pid, why)
         self._hang_up()
-        for facts in self._containers.values():
-            if facts.exit is None and facts.pid:
+        self._watch_orphans()
+        self._background(self._replace())
+
+    def _watch_orphans(self) -> None:
+        for facts in (*self._pods.values(), *(c for c in self._containers.values() if c.exit is None)):
+            if facts.pid:
                 self._orphans.watch(facts.pid, facts.starttime)
         for session in self._sessions.values():
             self._orphans.watch(session.pid, None, pidfd=os.dup(session.pidfd))
-        self._background(self._replace())
 
     def _background(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)
@@ -465,10 +478,10 @@ class Supervisor:
             except Failure as failure:
                 log.warning("%s %s: %s", op, fields.get("id", ""), failure)
                 continue
-            for pod_id in ok.get("incomplete", ()):
-                log.error("pod %s has lost its namespaces", pod_id)
-                if pod_id in self._pods:
-                    self._pods[pod_id] = PodFacts(0, False)
+            for pod in ok.get("pods", ()):
+                self._pods[pod["id"]] = PodFacts.from_hello(pod)
+                if not pod["ready"]:
+                    log.error("pod %s has lost its namespaces", pod["id"])
 
     def _orphan_ended(self, pid: int, status: int) -> None:
         """A process whose supervisor died has ended; its status is ours to pass on."""
