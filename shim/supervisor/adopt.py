@@ -58,7 +58,7 @@ async def settle(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
                 await _restore(core, pod)
             except Failure as failure:
                 core.log(f"pod {pod.id}: {failure}")
-    return {"incomplete": [pod.id for pod in core.table.pods.values() if not pod.ready]}
+    return {"pods": [pod.facts() for pod in core.table.pods.values()]}
 
 
 class WatchOom:

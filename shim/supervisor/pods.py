@@ -46,7 +46,7 @@ async def create(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
         raise
     pod.ready = True
     request.lent.update(pod.fds)
-    return {"pid": pod.init.pid if pod.init else 0}
+    return {"pid": pod.pid, "starttime": pod.starttime}
 
 
 async def adopt(core: Core, logs: Logs, request: Request) -> dict[str, Any]:

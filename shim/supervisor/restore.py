@@ -66,8 +66,8 @@ class Restore:
 
     def _mounts(self, sandbox: Sandbox) -> int:
         """The pod's small mount namespace, with the donor's /dev/shm at /shm."""
-        shm = self._donated_shm() if sandbox.shm_size and self.donor is not None else None
         proc = namespaces.proc_of(self.have["pid"]) if "pid" in self.have else None
+        shm = self._donated_shm() if sandbox.shm_size and self.donor is not None else None
         libc.setns(self.context.lean_mntns, libc.CLONE_NEWNS)
         libc.unshare(libc.CLONE_NEWNS)
         if sandbox.shm_size and shm is None:

@@ -13,7 +13,7 @@ from shim.supervisor import adopt, containers, exits, pods, sessions
 from shim.supervisor.logs import Logs
 from shim.supervisor.loop import READ, WRITE, Loop
 from shim.supervisor.request import Handler, Request
-from shim.supervisor.table import Container, Core, Pod
+from shim.supervisor.table import Container, Core
 
 SOCKET = "supervisor.sock"
 _BACKLOG = 16
@@ -67,13 +67,9 @@ async def hello(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
         "pid": os.getpid(),
         "version": wire.VERSION,
         "stdio": logs.pid,
-        "pods": [_pod(pod) for pod in core.table.pods.values()],
+        "pods": [pod.facts() for pod in core.table.pods.values()],
         "containers": [_container(container) for container in core.table.containers.values() if container.user is not None],
     }
-
-
-def _pod(pod: Pod) -> dict[str, Any]:
-    return {"id": pod.id, "pid": pod.init.pid if pod.init else 0, "names": sorted(pod.fds), "ready": pod.ready}
 
 
 def _container(container: Container) -> dict[str, Any]:

@@ -39,11 +39,19 @@ class Pod:
             raise Failure("pod", path=self.id, message="its namespaces are gone", hint="remove the pod and run it again")
         return PodHandles.from_fds(self.fds)
 
+    @property
+    def pid(self) -> int:
+        return self.init.pid if self.init is not None else 0
+
+    def facts(self) -> dict[str, Any]:
+        """For the daemon."""
+        return {"id": self.id, "pid": self.pid, "starttime": self.starttime, "ready": self.ready}
+
     def record(self, boot_id: str) -> dict[str, Any]:
         return {
             "version": RECORD_VERSION,
             "boot_id": boot_id,
-            "pid": self.init.pid if self.init else 0,
+            "pid": self.pid,
             "starttime": self.starttime,
             "names": sorted(self.fds),
             "cgroup": self.group.to_json() if self.group else None,

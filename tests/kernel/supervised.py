@@ -43,6 +43,8 @@ APPLETS = (
     "tty",
     "stty",
     "hostname",
+    "tail",
+    "tr",
 )
 ENV = ("PATH=/bin", "HOME=/")
 MOUNTS = (
@@ -234,6 +236,9 @@ async def rig() -> AsyncIterator[Rig]:
     await made.open()
     try:
         yield made
+    except BaseException:
+        print((made.state / client.LOG).read_text()[-4000:])  # pytest shows it with the failure
+        raise
     finally:
         try:
             await made.close()
