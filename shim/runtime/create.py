@@ -11,10 +11,9 @@ import gc
 import os
 import signal
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
-from shim import seccomp
 from shim.cgroups import manager as cgroups
 from shim.cgroups import oom
 from shim.cgroups.group import Group
@@ -26,7 +25,7 @@ from shim.oci.bundle import Recipe
 from shim.oci.spec import NamespaceType, Spec
 from shim.rootfs import ops as rootfs
 from shim.rootfs import plan as rootfs_plan
-from shim.runtime import filters, hooks, inside, launch, namespaces, sysctl
+from shim.runtime import hooks, inside, kept, launch, namespaces, sysctl
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context, PodHandles
 from shim.runtime.final import Final, start_clean
@@ -71,7 +70,7 @@ class Stage1:
     def run(self) -> None:
         spec, context = self.spec, self.job.context
         stdio = None if spec.process.terminal else open_stdio(self.job.bundle, self.job.stdin_once)
-        filter_ = filters.store(spec, context.seccomp_cache, self.job.bundle)
+        kept_ = kept.compile_filter(spec, context.seccomp_cache)
         self.group = cgroups.create(context.layout, spec.linux.cgroups_path, spec.linux.resources)
         self.channel.note("cgroup", self.group.to_json())  # so that a failure names what there is to remove
         self.oom_fds = oom.watch(self.group)
@@ -88,7 +87,7 @@ class Stage1:
         namespaces.new_mount_namespace(self.job.pod.mount)
 
         def build() -> tuple[Final, int | None]:
-            return self._build(operations, prepared, stdio, filter_, own_pid=pid_mode is namespaces.PidMode.NEW)
+            return self._build(operations, prepared, stdio, kept_, own_pid=pid_mode is namespaces.PidMode.NEW)
 
         if pid_mode is namespaces.PidMode.NEW:
             self._fork_init(build, birthplace)
@@ -141,7 +140,7 @@ class Stage1:
         operations: tuple[rootfs_plan.Op, ...],
         prepared: rootfs.Prepared,
         stdio: tuple[int, int, int] | None,
-        filter_: seccomp.Filter | None,
+        kept_: kept.Kept,
         *,
         own_pid: bool,
     ) -> tuple[Final, int | None]:
@@ -156,7 +155,10 @@ class Stage1:
         namespaces.set_names(spec)
         if spec.linux.sysctl:
             sysctl.apply(self.job.context.proc, spec.linux.sysctl)
-        final, master = Final.prepare(spec.process, rootfd, stdio, filter_)
+        resolved = inside.resolve_user(spec.process, rootfd)
+        kept.store(self.job.bundle, replace(kept_, home=resolved.home))
+        process = replace(spec.process, user=resolved.user)
+        final, master = Final.prepare(process, resolved.home, rootfd, stdio, kept_.filter())
         if spec.process.terminal:
             inside.bind_console(rootfd, inside.Console(master or -1, final.stdio[0]))
         rootfs.seal(operations, prepared, rootfd)

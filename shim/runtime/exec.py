@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shim import wire
 from shim.cgroups import manager as cgroups
@@ -17,7 +17,7 @@ from shim.errors import Failure
 from shim.linux import libc
 from shim.oci import codec
 from shim.oci.spec import Process
-from shim.runtime import filters, inside
+from shim.runtime import inside, kept
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 from shim.runtime.final import Final, start_clean
@@ -54,7 +54,7 @@ class Exec:
             raise Failure("exec", message="no command", path="process.args")
         start_clean(self.context, process.oom_score_adj)
         stdio = None if process.terminal else self._stdio()
-        filter_ = filters.load(self.bundle)
+        container = kept.load(self.bundle)
         if not self.in_cgroup:
             cgroups.join(self.group)
         try:
@@ -62,7 +62,11 @@ class Exec:
         except OSError as error:
             raise Failure.wrap("exec", "join namespaces", error) from None
         rootfd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        final, master = Final.prepare(process, rootfd, stdio, filter_)
+        home = container.home
+        if process.user.username or process.user.groups_policy is not None:  # not by CRI: its exec sessions are the container's user
+            resolved = inside.resolve_user(process, rootfd)
+            process, home = replace(process, user=resolved.user), resolved.home
+        final, master = Final.prepare(process, home, rootfd, stdio, container.filter())
         inside.enter_cwd(rootfd, process.cwd)
         if master is None:
             channel.send({"ok": {"fds": []}})

@@ -6,7 +6,7 @@ import fcntl
 import gc
 import os
 import termios
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
 from shim.errors import Failure
@@ -37,13 +37,13 @@ class Final:
     stdio: tuple[int, int, int]
 
     @classmethod
-    def prepare(cls, spec: Process, rootfd: int, stdio: tuple[int, int, int] | None, filter_: Filter | None) -> tuple[Final, int | None]:
-        """Resolve the user, open a console if one is asked for, enter the working directory. Returns the pty's master too.
+    def prepare(
+        cls, spec: Process, home: str, rootfd: int, stdio: tuple[int, int, int] | None, filter_: Filter | None
+    ) -> tuple[Final, int | None]:
+        """Open a console if one is asked for, set limits, build what is to be executed. Returns the pty's master too.
 
-        ``stdio`` is None exactly where ``spec.terminal`` is set.
+        The user is resolved. ``stdio`` is None exactly where ``spec.terminal`` is set.
         """
-        resolved = inside.resolve_user(spec, rootfd)
-        spec = replace(spec, user=resolved.user)
         master: int | None = None
         if stdio is None:
             console = inside.open_console(rootfd, spec.console_size, spec.user)
@@ -53,7 +53,7 @@ class Final:
         inside.set_rlimits(spec)
         os.umask(0o022 if spec.user.umask is None else spec.user.umask)
         restriction = Restriction(spec, filter_)
-        program = inside.Program(spec, resolved.home)
+        program = inside.Program(spec, home)
         return cls(restriction, program, spec.user, spec.terminal, stdio), master
 
     def close_others(self, channel: Channel) -> None:
