@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import ctypes
 import errno
+import fcntl
 import os
 import struct
 from collections.abc import Sequence
@@ -331,8 +332,6 @@ def sealed_memfd(name: str, data: bytes) -> int:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-        import fcntl  # a builtin or an early extension; only the sender of a payload needs it
-
         fcntl.fcntl(fd, F_ADD_SEALS, SEAL_SEAL | SEAL_SHRINK | SEAL_GROW | SEAL_WRITE)
         os.lseek(fd, 0, os.SEEK_SET)
     except BaseException:
@@ -382,8 +381,6 @@ _pidfd_info = struct.Struct("=QQ3I8Ii")  # mask cgroupid pid tgid ppid, 8 ids, e
 
 def pidfd_info_exit(fd: int) -> int | None:
     """Wait status (as waitpid gives it) of a process that somebody else reaped; None before that, or before Linux 6.15."""
-    import fcntl
-
     buffer = bytearray(64)
     _pidfd_info.pack_into(buffer, 0, _PIDFD_INFO_EXIT, *(0,) * 13)
     try:

@@ -84,6 +84,11 @@ def prepare(ops: Sequence[Op], recipe: Recipe, *, shm_fd: int | None = None, use
                     _prepare_bind(prepared, index, op, shm_fd, namespaces)
                 except OSError as error:
                     raise Failure.wrap(_PHASE, "mount source", error, op.source) from None
+            elif isinstance(op, Filesystem) and op.on_the_host:
+                try:
+                    prepared.mounts[index] = m.new_filesystem(op.fstype, op.options, op.attributes)
+                except OSError as error:
+                    raise Failure.wrap(_PHASE, f"mount {op.fstype}", error, op.destination) from None
             elif isinstance(op, Mask) and not any(isinstance(o, Filesystem) and o.destination == "/dev" for o in ops):
                 prepared.null = Spare(m.open_tree(m.AT_FDCWD, "/dev/null"))
                 if os.fstat(prepared.null.fd).st_rdev != os.makedev(1, 3):
@@ -171,7 +176,7 @@ def attach(ops: Sequence[Op], prepared: Prepared, rootfd: int, *, proc_fd: int |
             if isinstance(op, Bind):
                 _attach_bind(prepared, rootfd, index, op)
             elif isinstance(op, Filesystem):
-                _attach_filesystem(prepared, rootfd, op, proc_fd)
+                _attach_filesystem(prepared, rootfd, index, op, proc_fd)
             elif isinstance(op, Mask):
                 for where in op.paths:
                     _mask(prepared, rootfd, where)
@@ -223,10 +228,12 @@ def _attach_bind(prepared: Prepared, rootfd: int, index: int, op: Bind) -> None:
         os.close(fd)
 
 
-def _attach_filesystem(prepared: Prepared, rootfd: int, op: Filesystem, proc_fd: int | None) -> None:
+def _attach_filesystem(prepared: Prepared, rootfd: int, index: int, op: Filesystem, proc_fd: int | None) -> None:
     late = op.attributes & m.MOUNT_ATTR_RDONLY and op.fstype == "tmpfs"
     attributes = op.attributes & ~m.MOUNT_ATTR_RDONLY if late else op.attributes
-    if op.fstype == "proc" and proc_fd is not None:
+    if op.on_the_host:
+        fd = prepared.mounts.pop(index)
+    elif op.fstype == "proc" and proc_fd is not None:
         fd = os.dup(proc_fd)
         m.mount_setattr(fd, set=attributes)
     else:

@@ -44,6 +44,11 @@ class Filesystem:
     copyup: bool = False
     propagation: int = 0
 
+    @property
+    def on_the_host(self) -> bool:
+        """Whether its source is a device or a server that has to be found before the root changes."""
+        return self.fstype not in _NAMESPACED
+
 
 @dataclass(frozen=True, slots=True)
 class Bind:
@@ -91,6 +96,8 @@ class Readonly:
 
 Op: TypeAlias = "Root | Filesystem | Bind | MakeNode | MakeDirectory | Mask | Readonly"
 
+# File systems without a source, several of them tied to a namespace of the process that makes them.
+_NAMESPACED = frozenset(("bpf", "cgroup2", "devpts", "hugetlbfs", "mqueue", "proc", "ramfs", "sysfs", "tmpfs"))
 _DEFAULT_DEV = Mount("/dev", "tmpfs", "tmpfs", ("nosuid", "strictatime", "mode=755", "size=65536k"))
 _CGROUP_ROOT = "/sys/fs/cgroup"
 # The files below /proc that may be replaced by a bind mount, as runc allows for lxcfs. Anything else there would let a writer of the

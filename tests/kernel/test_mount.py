@@ -199,3 +199,24 @@ def test_a_private_volume_on_a_shared_mount_leaves_no_peer(box: Box, volume: Pat
     data = next(line for line in lines if line.split()[4] == "/data")
     assert "shared:" not in data
     assert "master:" not in data
+
+
+def test_a_disk_is_found_on_the_host(box: Box, tmp_path: Path) -> None:
+    """Its source means the host's file, whatever the image has under that name."""
+    if not Path("/sys/fs/ext4").exists() or not Path("/sbin/mke2fs").exists():
+        pytest.skip("no ext4 or mke2fs here")
+    import subprocess
+
+    image = tmp_path / "disk"
+    with open(image, "wb") as file:
+        file.truncate(4 << 20)
+    subprocess.run(["mke2fs", "-q", "-F", str(image)], check=True)
+    loop = subprocess.run(["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=False)
+    if loop.returncode:
+        pytest.skip(f"no loop devices: {loop.stderr.strip()}")
+    device = loop.stdout.strip()
+    try:
+        mounts = (*USUAL, Mount("/disk", "ext4", device, ("noatime",)))
+        assert box.run("ls /disk; stat -f -c %T /disk", mounts).lines == ["lost+found", "ext2/ext3"]
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)

@@ -229,3 +229,12 @@ def test_unknown_words() -> None:
         plan(rootfs_propagation="sideways")
     with pytest.raises(Failure, match="recipe"):
         p.plan(spec(), Recipe("zfs"), cgroup_version=2)
+
+
+def test_file_systems_with_a_source_are_made_on_the_host() -> None:
+    disk = only(plan(Mount("/disk", "ext4", "/dev/sdb", ("ro",))), "/disk")
+    memory = only(plan(Mount("/mem", "tmpfs", "tmpfs")), "/mem")
+    assert isinstance(disk, p.Filesystem)
+    assert isinstance(memory, p.Filesystem)
+    assert (disk.on_the_host, memory.on_the_host) == (True, False)
+    assert disk.options["source"] == "/dev/sdb"
