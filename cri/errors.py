@@ -6,7 +6,6 @@ kernel, the runtime core); it needs no wrapping, ``status_of`` knows both.
 
 from __future__ import annotations
 
-import asyncio
 import errno as _errno
 from typing import ClassVar
 
@@ -148,10 +147,8 @@ def status_of(error: BaseException) -> tuple[str, str]:
         return error.code, str(error)
     if isinstance(error, Failure):
         return _failure_code(error), str(error)
-    if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
+    if isinstance(error, TimeoutError):
         return "DEADLINE_EXCEEDED", str(error) or "timed out"
-    if isinstance(error, asyncio.CancelledError):
-        return "CANCELLED", "cancelled"
     if isinstance(error, OSError):
         path = error.filename if isinstance(error.filename, str) else ""
         return "UNKNOWN", str(Failure("", "", errno=error.errno, path=path, message=str(error) if error.errno is None else ""))

@@ -85,7 +85,7 @@ class Edge:
         for name in call.results:
             fields[name] = getattr(response, name) if response is not None else ""
         if error is not None:
-            fields["error"] = status_of(error)[1]
+            fields["error"] = _status(error)[1]
             if notes := getattr(error, "__notes__", None):
                 fields["undo"] = "; ".join(notes)
         self.write(level, call.name, fields)
@@ -163,11 +163,15 @@ class _Call:
         return request
 
     def _failed(self, started: float, request: Message | None, error: BaseException) -> tuple[str, str]:
-        code, text = status_of(error)
+        code, text = _status(error)
         self.edge.done(self, started, request, None, code, error)
         if code == "INTERNAL" and isinstance(error, Exception):
             _logger.error("unexpected error in %s", self.name, exc_info=error)
         return code, text
+
+
+def _status(error: BaseException) -> tuple[str, str]:
+    return ("CANCELLED", "cancelled") if isinstance(error, asyncio.CancelledError) else status_of(error)
 
 
 async def _abort(context: Context, code: str, text: str, error: BaseException) -> NoReturn:
