@@ -39,10 +39,12 @@ class Restriction:
         wanted = process.capabilities or Capabilities()
         self._uid, self._gid = process.user.uid, process.user.gid
         self._groups = list(dict.fromkeys((process.user.gid, *process.user.additional_gids)))
-        self._bounding = caps.mask(wanted.bounding)
-        self._ambient = caps.mask(wanted.ambient)
-        self._permitted = caps.mask(wanted.permitted)
-        self._effective = caps.mask(wanted.effective)
+        # What this machine's root lacks itself (CAP_SYS_RESOURCE in some virtual machines) cannot be given; runc leaves it out too.
+        available = libc.capget()[1]
+        self._bounding = caps.mask(wanted.bounding) & available
+        self._ambient = caps.mask(wanted.ambient) & available
+        self._permitted = caps.mask(wanted.permitted) & available
+        self._effective = caps.mask(wanted.effective) & available
         self._inheritable = caps.mask(wanted.inheritable) & self._ambient
         self.filter = filter_
         self.no_new_privileges = process.no_new_privileges
