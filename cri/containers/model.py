@@ -165,6 +165,11 @@ class Containers:
             asyncio.get_running_loop().call_later(_SAVE_AFTER, self.flush)
         self._dirty[container.id] = container
 
+    def write_now(self, container: Container) -> None:
+        """Write facts that wait."""
+        if self._dirty.pop(container.id, None) is not None:
+            self.records.write(container.facts, container.config_json)
+
     def flush(self) -> None:
         """Write what waits. A full disk costs nothing but a line now and another try."""
         while self._dirty:
