@@ -95,7 +95,7 @@ def demonstrate(runtime: api_pb2_grpc.RuntimeServiceStub, images: api_pb2_grpc.I
     with timer.step("ExecSync"):
         reply = runtime.ExecSync(v1.ExecSyncRequest(container_id=containers["web"], cmd=["ps"], timeout=10), timeout=30)
     print("".join(f"   {line}\n" for line in reply.stdout.decode().splitlines()), end="")
-    if stages := json.loads(status.info.get("info", "{}")).get("stages"):
+    if stages := json.loads(status.info.get("info", "{}")).get("stagesMicroseconds"):
         say(f"RunPodSandbox by stage, in microseconds: {json.dumps(stages)}")
 
 
