@@ -12,6 +12,9 @@ from shim.oci.bundle import Recipe
 
 _STRING = 255  # bytes that one fsconfig(2) value may have
 _PAGE = 4095  # bytes that mount(2) data may have
+# Before Linux 6.5 overlayfs collects whatever it is given and looks at it when the superblock is made, with a line in the kernel's log if
+# "lowerdir+" is among it: so that is not a way to find out. 6.5 and 6.6 refuse it at once, 6.7 and later know it.
+_PARSES_AT_ONCE = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) >= (6, 5)
 
 
 def root_mount(recipe: Recipe, userns: int | None = None) -> int:
@@ -45,6 +48,8 @@ def _overlay(recipe: Recipe, userns: int | None) -> int:
     fs = m.fsopen("overlay")
     try:
         lower = [_layer(path, userns, layers) for path in recipe.lower] if userns is not None else list(recipe.lower)
+        if not _PARSES_AT_ONCE:
+            return _overlay_in_one_value(recipe, lower, layers)
         m.fsconfig_string(fs, "source", "overlay")
         try:
             for path in lower:
@@ -52,8 +57,6 @@ def _overlay(recipe: Recipe, userns: int | None) -> int:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            os.close(fs)  # before Linux 6.5 there is no "lowerdir+": all layers in one value
-            fs = -1
             return _overlay_in_one_value(recipe, lower, layers)
         if recipe.upper:
             m.fsconfig_string(fs, "upperdir", _short(recipe.upper, layers))
@@ -67,8 +70,7 @@ def _overlay(recipe: Recipe, userns: int | None) -> int:
         m.fsconfig_create(fs)
         return m.fsmount(fs)
     finally:
-        if fs >= 0:
-            os.close(fs)
+        os.close(fs)
         for fd in layers:
             os.close(fd)
 
