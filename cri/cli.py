@@ -26,15 +26,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
-    except (ConfigError, StartError, Failure) as error:
-        print(f"cri-shim: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         # `cri-shim config | head`: the reader has seen enough.
         sys.stderr.close()
         return 0
+    except (ConfigError, StartError, Failure, OSError) as error:
+        print(f"cri-shim: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +57,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Run one container in a pod of its own, stream its log, return its exit code, remove it.",
     )
     _client(run, _run)
+    _run_options(run)
+    pull = commands.add_parser("pull", help="pull an image", description="Pull an image through the daemon, with a progress bar.")
+    _client(pull, _pull)
+    pull.add_argument("--creds", default="", metavar="USER[:PASSWORD]", help="credentials; the password is asked for if it is left out")
+    pull.add_argument("--quiet", "-q", action="store_true", help="print the image id only")
+    pull.add_argument("image")
+
+    version = commands.add_parser("version", help="print versions of this program and of the daemon")
+    _client(version, _version)
+    return parser
+
+
+def _run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--network", choices=("pod", "host"), default="pod", help="the pod's own network (default), or the host's")
     run.add_argument("--name", default="", help="name of the pod (default: one made up)")
     run.add_argument("--env", "-e", action="append", default=[], metavar="NAME=VALUE", help="environment variable; repeatable")
@@ -75,16 +88,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", "-q", action="store_true", help="no pull progress")
     run.add_argument("image")
     run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="arguments for the image's entrypoint, or the command")
-
-    pull = commands.add_parser("pull", help="pull an image", description="Pull an image through the daemon, with a progress bar.")
-    _client(pull, _pull)
-    pull.add_argument("--creds", default="", metavar="USER[:PASSWORD]", help="credentials; the password is asked for if it is left out")
-    pull.add_argument("--quiet", "-q", action="store_true", help="print the image id only")
-    pull.add_argument("image")
-
-    version = commands.add_parser("version", help="print versions of this program and of the daemon")
-    _client(version, _version)
-    return parser
 
 
 def _configured(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:

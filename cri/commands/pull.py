@@ -89,8 +89,8 @@ def _progress(daemon: Daemon, spec: v1.ImageSpec) -> dict[str, Any]:
 def _show(bar: Any, tasks: dict[str, Any], image: str, progress: dict[str, Any]) -> None:
     bar.update(tasks[""], description=f"{image} {progress['phase']}", total=progress["wanted"] or None, completed=progress["fetched"])
     for layer in progress["layers"]:
-        digest = layer["digest"]
+        digest, line = layer["digest"], f"  {layer['digest'][7:19]} {layer['phase']:<11}"
         if digest not in tasks:
-            tasks[digest] = bar.add_task(digest, total=layer["size"])
+            tasks[digest] = bar.add_task(line, total=layer["size"])
         done = layer["size"] if layer["phase"] in ("exists", "done") else layer["fetched"]
-        bar.update(tasks[digest], description=f"  {digest[7:19]} {layer['phase']:<11}", total=layer["size"], completed=done)
+        bar.update(tasks[digest], description=line, completed=done)
