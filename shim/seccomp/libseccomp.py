@@ -98,7 +98,10 @@ class Builder:
         result = _library().seccomp_rule_add_array(self._context, action, number, len(comparisons), array)
         # EDOM: no architecture of the filter has it. A rule without any effect is not an error.
         if result not in (0, -errno.EDOM):
-            raise _failure("add rule", result, name)
+            failure = _failure("add rule", result, name)
+            if result == -errno.EEXIST:
+                failure.hint = "another rule of the profile says otherwise for the same call, perhaps only on a 32-bit architecture"
+            raise failure
 
     def export(self) -> bytes:
         fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
