@@ -85,8 +85,9 @@ class Options:
 class Pulls:
     """All pulls of a store. ``keep`` counts the chain ids that garbage collection must spare for them."""
 
-    def __init__(self, snapshots: Snapshots, options: Options, platform: Platform) -> None:
-        self._snapshots, self._options, self._platform = snapshots, options, platform
+    def __init__(self, snapshots: Snapshots, options: Options, platform: Platform, known: Callable[[str], bytes | None]) -> None:
+        """``known(digest)`` is an image config that is stored already."""
+        self._snapshots, self._options, self._platform, self._known = snapshots, options, platform, known
         self._slots = asyncio.Semaphore(options.parallel_pulls)
         self._work: dict[str, _Work] = {}  # by manifest digest
         self._claims: dict[str, asyncio.Future[None]] = {}  # by chain id; resolved whatever the outcome
@@ -174,32 +175,52 @@ class Pulls:
         progress.phase = Phase.WAITING
         async with self._slots:
             progress.phase = Phase.DOWNLOADING
-            config = await registry.small_blob(manifest.config.digest, manifest.config.size)
-            parsed = manifests.load(config, manifests.CONFIG_LIMIT, "image config")
-            _check_platform(parsed, self._platform)
-            diffs = manifests.diff_ids(parsed, len(manifest.layers))
-            chains = chain_ids(diffs)
-            layers = [
-                _Layer(descriptor, diff, chain, LayerProgress(descriptor.digest, descriptor.size))
-                for descriptor, diff, chain in zip(manifest.layers, diffs, chains, strict=True)
-            ]
-            progress.layers = [layer.progress for layer in layers]
-            self.keep.update(chains)
-            kept.extend(chains)
-            if any(self._snapshots.get(c) is None for c in chains):
-                await self._layers(registry, layers)
-            for layer in layers:
-                if layer.progress.phase is Phase.WAITING:
-                    layer.progress.phase = Phase.EXISTS
+            config = self._known(manifest.config.digest)
+            # A new image needs a helper, which starts while the config travels.
+            starting = None if config else asyncio.create_task(Unpacker.start())
+            try:
+                if config is None:
+                    config = await registry.small_blob(manifest.config.digest, manifest.config.size)
+                layers = self._plan(manifest, config, progress, kept)
+                if any(self._snapshots.get(layer.chain_id) is None for layer in layers):
+                    helper, starting = starting or asyncio.create_task(Unpacker.start()), None
+                    await self._layers(registry, layers, helper)
+            finally:
+                if starting is not None:
+                    self._spawn(_stop(starting))
             progress.phase = Phase.DONE
+            chains = tuple(layer.chain_id for layer in layers)
             return Pulled(f"sha256:{hashlib.sha256(config).hexdigest()}", document, manifest, config, chains)
 
-    async def _layers(self, registry: Registry, layers: list[_Layer]) -> None:
+    def _plan(self, manifest: Manifest, config: bytes, progress: Progress, kept: list[str]) -> list[_Layer]:
+        """The layers by chain id, from now on spared by garbage collection."""
+        parsed = manifests.load(config, manifests.CONFIG_LIMIT, "image config")
+        _check_platform(parsed, self._platform)
+        diffs = manifests.diff_ids(parsed, len(manifest.layers))
+        chains = chain_ids(diffs)
+        self.keep.update(chains)
+        kept.extend(chains)
+        layers = [
+            _Layer(descriptor, diff, chain, LayerProgress(descriptor.digest, descriptor.size))
+            for descriptor, diff, chain in zip(manifest.layers, diffs, chains, strict=True)
+        ]
+        for layer in layers:
+            if self._snapshots.get(layer.chain_id) is not None:
+                layer.progress.phase = Phase.EXISTS
+        progress.layers = [layer.progress for layer in layers]
+        return layers
+
+    async def _layers(self, registry: Registry, layers: list[_Layer], starting: asyncio.Task[Unpacker]) -> None:
         """Fetch the missing layers side by side, publish them bottom up."""
         mine: dict[str, asyncio.Future[None]] = {}
         for layer in layers:  # all at once, before anything is awaited: so that two pulls never wait for each other
             self._claim(layer.chain_id, mine)
-        unpacker = await self._start_unpacker(mine)
+        try:
+            unpacker = await starting
+        except BaseException:
+            for chain_id in list(mine):
+                _release(self._claims, mine, chain_id)
+            raise
         limit = asyncio.Semaphore(self._options.parallel_layers)
         tasks = [asyncio.create_task(self._obtain(registry, unpacker, layer, mine, limit)) for layer in layers]
         try:
@@ -225,14 +246,6 @@ class Pulls:
         if self._snapshots.get(chain_id) is None and chain_id not in self._claims:
             self._claims[chain_id] = mine[chain_id] = asyncio.get_running_loop().create_future()
         return chain_id in mine
-
-    async def _start_unpacker(self, mine: dict[str, asyncio.Future[None]]) -> Unpacker:
-        try:
-            return await Unpacker.start()
-        except BaseException:
-            for chain_id in list(mine):
-                _release(self._claims, mine, chain_id)
-            raise
 
     async def _obtain(
         self, registry: Registry, unpacker: Unpacker, layer: _Layer, mine: dict[str, asyncio.Future[None]], limit: asyncio.Semaphore
@@ -365,6 +378,10 @@ class _Sink:
     def verified(self) -> bool:
         algorithm = self._layer.descriptor.digest.partition(":")[0]
         return self._layer.descriptor.digest == f"{algorithm}:{self._hash.hexdigest()}"
+
+
+async def _stop(starting: asyncio.Task[Unpacker]) -> None:
+    await (await starting).close()
 
 
 def _release(claims: dict[str, asyncio.Future[None]], mine: dict[str, asyncio.Future[None]], chain_id: str) -> None:

@@ -10,6 +10,7 @@ that can be read has all it speaks of; ``load`` checks that, and drops the recor
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import logging
 import re
@@ -62,7 +63,7 @@ class Images:
             parallel_layers=config.max_parallel_layers,
             progress_timeout=float(config.progress_timeout),
         )
-        self.pulls = Pulls(self.snapshots, options, platform or manifest.host_platform())
+        self.pulls = Pulls(self.snapshots, options, platform or manifest.host_platform(), self._known_config)
         self._usage = Containers(self.snapshots)
 
     # -- life ---------------------------------------------------------------------------------------------------------------
@@ -140,6 +141,11 @@ class Images:
 
     def _document(self, digest: str) -> Any:
         return json.loads((self._documents_dir / digest.partition(":")[2]).read_bytes())
+
+    def _known_config(self, digest: str) -> bytes | None:
+        path = self._documents_dir / digest.partition(":")[2]
+        body = path.read_bytes() if path.exists() else b""
+        return body if digest == f"{digest.partition(':')[0]}:{hashlib.new(digest.partition(':')[0], body).hexdigest()}" else None
 
     # -- verbs --------------------------------------------------------------------------------------------------------------
 

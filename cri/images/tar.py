@@ -15,6 +15,7 @@ BLOCK = 512
 _BUFFER = 1 << 20  # a multiple of BLOCK, so that a header never straddles two fills
 _SPECIAL_LIMIT = 1 << 20  # bytes of one PAX header, long name or sparse map (CVE-2025-58183)
 _HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s6s2s32s32s8s8s155s12x")
+_MAX_TIME = 2**34 * 10**9  # ns; beyond any file system's last second
 _MAX_ID = 2**32 - 2  # -1 means "leave alone" to chown
 
 REGULAR, LINK, SYMLINK, CHAR, BLOCKDEV, DIRECTORY, FIFO = b"0", b"1", b"2", b"3", b"4", b"5", b"6"
@@ -147,7 +148,7 @@ class Reader:
             uid,
             gid,
             real,
-            max(-(2**62), min(mtime, 2**62)),
+            max(-_MAX_TIME, min(mtime, _MAX_TIME)),
             target,
             self._number(fields[13], "device") if device else 0,
             self._number(fields[14], "device") if device else 0,
