@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -50,6 +51,7 @@ class Daemon:
     extra: str = ""  # TOML appended to the configuration
     env: dict[str, str] = field(default_factory=dict)
     registry_dir: str = ""
+    subnets: tuple[str, ...] = ("10.213.0.0/16",)
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="csd")))
     process: subprocess.Popen[bytes] | None = None
     runtime: api_pb2_grpc.RuntimeServiceStub = field(init=False)
@@ -72,7 +74,7 @@ class Daemon:
             f'root = "{self.root}"\nstate = "{self.state}"\nlisten = "unix://{self.socket}"\n'
             f'[log]\nlevel = "debug"\n'
             f'[cgroup]\ndriver = "cgroupfs"\nruntime_cgroup = "{self.runtime_cgroup}"\n'
-            f'[network]\nmode = "bridge"\nsubnets = ["10.213.0.0/16"]\n'
+            f'[network]\nmode = "bridge"\nsubnets = {json.dumps(self.subnets)}\n'
             f"{images}{self.extra}\n"
         )
 
