@@ -99,7 +99,7 @@ def test_run_sandbox(armed: Daemon, stage: str, action: str) -> None:
     disarm(armed, action)
     if stage != "answer":
         left.back()
-    elif action == "raise":
+    if action == "raise":
         armed.restart()
     pod = armed.run_pod(config)
     assert [p.id for p in armed.runtime.ListPodSandbox(v1.ListPodSandboxRequest(), timeout=10).items] == [pod[0]]
@@ -121,7 +121,7 @@ def test_create_container(armed: Daemon, busybox: str, stage: str, action: str) 
     disarm(armed, action)
     if stage != "answer":
         left.back()
-    elif action == "raise":
+    if action == "raise":
         armed.restart()
     container = armed.runtime.CreateContainer(request, timeout=20).container_id
     armed.runtime.StartContainer(v1.StartContainerRequest(container_id=container), timeout=20)
