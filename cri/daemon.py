@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import faulthandler
 import gc
 import logging
 import os
@@ -25,6 +24,7 @@ from cri.api.runtime import Parts, RuntimeService
 from cri.config import Config
 from cri.containers.exits import Exits
 from cri.containers.model import Containers
+from cri.dump import dump
 from cri.errors import StartError
 from cri.images.store import Images
 from cri.network.base import Network
@@ -141,19 +141,8 @@ def _signals(stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGUSR1, _dump)
-    # Before ours, and from C: it works while the loop is stuck, which is when one wants to know.
-    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=True)
-
-
-def _dump() -> None:
-    """Where each task waits; the threads' stacks have been written already."""
-    tasks = asyncio.all_tasks()
-    for task in sorted(tasks, key=lambda t: t.get_name()):
-        # Not print_stack: it reads source files, and fails on frames between two lines.
-        where = [f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}" for frame in task.get_stack(limit=8)]
-        print(f"task {task.get_name()}: {task.get_coro()}", *where, sep="\n  ", file=sys.stderr)
-    log.info("dumped", extra={"fields": {"tasks": len(tasks)}})
+    # Not through the loop: it should work while the loop is stuck, which is when one wants to know.
+    signal.signal(signal.SIGUSR1, lambda number, frame: dump(loop))
 
 
 def _report(task: asyncio.Task[None]) -> None:
