@@ -202,6 +202,20 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5) -> None:
         time.sleep(0.002)
 
 
+def kernel() -> tuple[int, ...]:
+    """Major and minor version."""
+    return tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
+
+
+def file_system(where: Path) -> int:
+    """The magic number of the file system that ``where`` is on."""
+    fd = os.open(where, os.O_PATH)
+    try:
+        return m.fstatfs_type(fd)
+    finally:
+        os.close(fd)
+
+
 def shared_tmpfs(target: Path, propagation: int = m.MS_SHARED) -> None:
     """A tmpfs over ``target`` with that propagation, in the calling mount namespace."""
     fd = m.new_filesystem("tmpfs", {"source": "test"})
