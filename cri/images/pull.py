@@ -8,7 +8,6 @@ id belongs to the pull that claimed it, others wait for it, and take over if it 
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -18,18 +17,18 @@ from typing import Any
 
 from cri.images import manifest as manifests
 from cri.images.auth import Credentials
-from cri.images.hosts import Endpoint, endpoints
-from cri.images.manifest import Descriptor, Index, Manifest, Platform
+from cri.images.hosts import endpoints
+from cri.images.layer import Layer, fetch
+from cri.images.manifest import Index, Manifest, Platform
 from cri.images.progress import LayerProgress, Phase, Progress
 from cri.images.reference import Reference
-from cri.images.registry import Attempt, Document, EndpointError, Registry
+from cri.images.registry import Document, Registry
 from cri.images.snapshots import Meta, Snapshots, chain_ids, name_of
-from cri.images.unpack import Feed, Limits, Unpacked, Unpacker
+from cri.images.unpack import Limits, Unpacker
 from shim.errors import Failure
 from shim.linux.process import boot_id
 
 _NESTING = 4  # indexes in indexes
-_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +56,6 @@ class _Work:
     waiters: int = 0
 
 
-@dataclass(slots=True)
-class _Layer:
-    """A layer of one pull. ``path`` set: unpacked there by us, not yet published."""
-
-    descriptor: Descriptor
-    diff_id: str
-    chain_id: str
-    progress: LayerProgress
-    path: Path | None = None
-    unpacked: Unpacked | None = None
-    number: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Options:
     """What the configuration says about pulls."""
@@ -93,6 +79,7 @@ class Pulls:
         self._claims: dict[str, asyncio.Future[None]] = {}  # by chain id; resolved whatever the outcome
         self._resolving: list[Progress] = []
         self._background: set[asyncio.Task[None]] = set()
+        self._flushing, self._flush_waiting = asyncio.Lock(), False
         self.keep: Counter[str] = Counter()
 
     def progress(self) -> list[Progress]:
@@ -192,7 +179,7 @@ class Pulls:
             chains = tuple(layer.chain_id for layer in layers)
             return Pulled(f"sha256:{hashlib.sha256(config).hexdigest()}", document, manifest, config, chains)
 
-    def _plan(self, manifest: Manifest, config: bytes, progress: Progress, kept: list[str]) -> list[_Layer]:
+    def _plan(self, manifest: Manifest, config: bytes, progress: Progress, kept: list[str]) -> list[Layer]:
         """The layers by chain id, from now on spared by garbage collection."""
         parsed = manifests.load(config, manifests.CONFIG_LIMIT, "image config")
         _check_platform(parsed, self._platform)
@@ -201,7 +188,7 @@ class Pulls:
         self.keep.update(chains)
         kept.extend(chains)
         layers = [
-            _Layer(descriptor, diff, chain, LayerProgress(descriptor.digest, descriptor.size))
+            Layer(descriptor, diff, chain, LayerProgress(descriptor.digest, descriptor.size))
             for descriptor, diff, chain in zip(manifest.layers, diffs, chains, strict=True)
         ]
         for layer in layers:
@@ -210,7 +197,7 @@ class Pulls:
         progress.layers = [layer.progress for layer in layers]
         return layers
 
-    async def _layers(self, registry: Registry, layers: list[_Layer], starting: asyncio.Task[Unpacker]) -> None:
+    async def _layers(self, registry: Registry, layers: list[Layer], starting: asyncio.Task[Unpacker]) -> None:
         """Fetch the missing layers side by side, publish them bottom up."""
         mine: dict[str, asyncio.Future[None]] = {}
         for layer in layers:  # all at once, before anything is awaited: so that two pulls never wait for each other
@@ -248,58 +235,18 @@ class Pulls:
         return chain_id in mine
 
     async def _obtain(
-        self, registry: Registry, unpacker: Unpacker, layer: _Layer, mine: dict[str, asyncio.Future[None]], limit: asyncio.Semaphore
+        self, registry: Registry, unpacker: Unpacker, layer: Layer, mine: dict[str, asyncio.Future[None]], limit: asyncio.Semaphore
     ) -> None:
         """Return when the layer is published by somebody, or unpacked by us."""
         while self._snapshots.get(layer.chain_id) is None:
             if self._claim(layer.chain_id, mine):
                 async with limit:
-                    await self._unpack(registry, unpacker, layer)
+                    await fetch(layer, registry, unpacker, self._snapshots, self._options.limits)
                 return
             await asyncio.wait([self._claims[layer.chain_id]])
         layer.progress.phase = Phase.EXISTS
 
-    async def _unpack(self, registry: Registry, unpacker: Unpacker, layer: _Layer) -> None:
-        """Download and unpack until the bytes are right or every endpoint has served wrong ones."""
-        avoid: frozenset[str] = frozenset()
-        while True:
-            path = self._snapshots.begin(layer.chain_id)
-            feed = None
-            try:
-                feed = await unpacker.unpack(path / "fs", layer.descriptor.size, layer.diff_id.partition(":")[0], self._options.limits)
-                sink = _Sink(layer, feed)
-                layer.progress.phase = Phase.DOWNLOADING
-                await registry.stream_blob(layer.descriptor.digest, sink, avoid)
-                feed.close()
-                if sink.verified():
-                    layer.progress.phase = Phase.UNPACKING
-                    unpacked = await feed.done
-                    if unpacked.diff_id != layer.diff_id:
-                        raise Failure(
-                            "unpack layer",
-                            path=layer.descriptor.digest,
-                            message=f"diff id is {unpacked.diff_id}, config says {layer.diff_id}",
-                        )
-                    layer.path, layer.unpacked, layer.number = path, unpacked, feed.number
-                    layer.progress.phase = Phase.DONE
-                    return
-                avoid |= sink.sources
-            except Failure as error:
-                raise Failure(
-                    "unpack layer",
-                    error.operation,
-                    errno=error.errno,
-                    path=f"{layer.descriptor.digest} {error.path}".strip(),
-                    message=error.message,
-                ) from error
-            finally:
-                if feed is not None:
-                    feed.close()
-                    feed.done.cancel()
-                if layer.path is None:
-                    self._snapshots.abandon(path)
-
-    async def _publish(self, unpacker: Unpacker, layers: list[_Layer], position: int) -> None:
+    async def _publish(self, unpacker: Unpacker, layers: list[Layer], position: int) -> None:
         layer = layers[position]
         if layer.path is None or layer.unpacked is None:
             return
@@ -322,10 +269,16 @@ class Pulls:
             layer.path = None
 
     async def _make_durable(self, unpacker: Unpacker) -> None:
+        """syncfs after a pull, with its helper. Pulls that end while one waits for its turn are covered by that one."""
         try:
-            chains = self._snapshots.not_durable()
-            await unpacker.sync(self._snapshots.directory)
-            self._snapshots.mark_durable(chains)
+            if self._flush_waiting:
+                return
+            self._flush_waiting = True
+            async with self._flushing:
+                self._flush_waiting = False
+                chains = self._snapshots.not_durable()
+                await unpacker.sync(self._snapshots.directory)
+                self._snapshots.mark_durable(chains)
         finally:
             await unpacker.close()
 
@@ -337,47 +290,6 @@ class Pulls:
         await asyncio.gather(*tasks, return_exceptions=True)
         while self._background:
             await asyncio.gather(*self._background, return_exceptions=True)
-
-
-class _Sink:
-    """A layer's bytes on their way into the helper: counted, hashed, compared."""
-
-    def __init__(self, layer: _Layer, feed: Feed) -> None:
-        self._layer, self._feed = layer, feed
-        algorithm = layer.descriptor.digest.partition(":")[0]
-        self._hash = hashlib.new(algorithm)
-        self._feeding = True
-        self.offset = 0
-        self.sources: frozenset[str] = frozenset()
-        layer.progress.fetched = 0
-
-    @property
-    def missing(self) -> int:
-        return self._layer.descriptor.size - self.offset
-
-    async def write(self, endpoint: Endpoint, chunk: bytes) -> None:
-        self.sources |= {endpoint.base}
-        if len(chunk) > self.missing:
-            raise EndpointError(Attempt(endpoint.base, f"sent more than the {self._layer.descriptor.size} bytes of the blob", 200))
-        self._hash.update(chunk)
-        self.offset += len(chunk)
-        self._layer.progress.fetched = self.offset
-        if self._feeding and not await self._feed.write(chunk):
-            await self._stopped()
-
-    async def _stopped(self) -> None:
-        """The helper gave up on the archive. Unless the disk is at fault, read on: only the digest can tell whether these were the
-        image's bytes (its fault) or the endpoint's invention (then another is asked)."""
-        self._feeding = False
-        try:
-            await asyncio.shield(self._feed.done)
-        except Failure as error:
-            if error.errno in _DISK:
-                raise
-
-    def verified(self) -> bool:
-        algorithm = self._layer.descriptor.digest.partition(":")[0]
-        return self._layer.descriptor.digest == f"{algorithm}:{self._hash.hexdigest()}"
 
 
 async def _stop(starting: asyncio.Task[Unpacker]) -> None:

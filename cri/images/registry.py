@@ -12,6 +12,7 @@ import json
 import re
 import ssl
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from urllib.parse import urljoin, urlsplit
 from cri.errors import CriError, ImageNotFound, RegistryUnavailable, Unknown
 from cri.images import auth, manifest
 from cri.images.auth import Credentials
-from cri.images.hosts import Endpoint
+from cri.images.hosts import Endpoint, is_loopback
 from cri.images.reference import Reference
 from shim.errors import Failure
 
@@ -143,6 +144,8 @@ class Registry:
             if endpoint.base in avoid:
                 raise EndpointError(Attempt(endpoint.base, "served wrong content before", 200))
             offset = sink.offset
+            if offset and not sink.missing:
+                return  # the connection broke after the last byte
             headers = {"Range": f"bytes={offset}-"} if offset else {}
             async with self._get(endpoint, self._blob_url(endpoint, digest), headers) as response:
                 skip = offset - _range_start(response, endpoint)
@@ -240,7 +243,7 @@ class Registry:
     async def _follow(self, stack: AsyncExitStack, endpoint: Endpoint, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
         session, home = self._session(endpoint), urlsplit(url)
         for _ in range(_REDIRECT_LIMIT):
-            response = await stack.enter_async_context(session.get(url, headers=headers, allow_redirects=False))
+            response = await stack.enter_async_context(session.get(url, headers=headers, allow_redirects=False, proxy=_proxy(url)))
             if response.status not in _REDIRECTS:
                 return response
             target = urljoin(url, response.headers.get("Location", ""))
@@ -269,7 +272,6 @@ class Registry:
                 auto_decompress=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 read_bufsize=1 << 19,
-                trust_env=True,
             )
         return self._sessions[endpoint]
 
@@ -309,7 +311,7 @@ class Registry:
             session = self._session(endpoint if same_host or not endpoint.client else None)
             method = "POST" if request.body else "GET"
             async with session.request(
-                method, request.url, headers=request.headers, data=request.body or None, allow_redirects=False
+                method, request.url, headers=request.headers, data=request.body or None, allow_redirects=False, proxy=_proxy(request.url)
             ) as response:
                 body = await _read(response, auth.TOKEN_LIMIT, endpoint)
                 if response.status != 200:
@@ -322,6 +324,14 @@ class Registry:
     async def _chunks(self, response: aiohttp.ClientResponse, endpoint: Endpoint) -> AsyncIterator[bytes]:
         async for chunk in response.content.iter_any():
             yield chunk
+
+
+def _proxy(url: str) -> str | None:
+    """From HTTP_PROXY, HTTPS_PROXY and NO_PROXY. Not the client's trust_env, which also sends what root's .netrc has."""
+    parts = urlsplit(url)
+    if is_loopback(parts.netloc) or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def _range_start(response: aiohttp.ClientResponse, endpoint: Endpoint) -> int:

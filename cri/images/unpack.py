@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import cri
+from shim.client import read_only_image
 from shim.errors import Failure
 
 _PIPE = 1 << 20
@@ -98,7 +99,9 @@ class Unpacker:
 
     @classmethod
     async def start(cls) -> Unpacker:
-        """Exec the helper: isolated from PYTHON* variables and the working directory, nothing in its environment."""
+        """Exec the helper: isolated from PYTHON* variables and the working directory, nothing in its environment, the interpreter
+        from a read-only clone that nothing an archive does could write to."""
+        image = read_only_image(Path(sys.executable))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             process = await asyncio.create_subprocess_exec(
@@ -108,11 +111,12 @@ class Unpacker:
                 _CODE,
                 _ROOT,
                 str(theirs.fileno()),
+                executable=f"/proc/self/fd/{image}",
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 cwd="/",
                 env={},
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), image),
                 start_new_session=True,
             )
         except BaseException:
@@ -120,6 +124,7 @@ class Unpacker:
             raise
         finally:
             theirs.close()
+            os.close(image)
         ours.setblocking(False)
         return cls(process, ours)
 

@@ -366,6 +366,21 @@ async def test_credentials_stay_with_their_registry(store: Images, certs: Path) 
             assert "x-secret" not in {k.lower() for k in headers}
 
 
+async def test_http_proxy_of_the_environment(store: Images, certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = small()
+    with Fake() as proxy:
+        proxy.add(image, "latest")
+        monkeypatch.setenv("http_proxy", f"http://{proxy.host}")
+        monkeypatch.setenv("no_proxy", "direct.example")
+        hosts_toml(certs, "reg.example", 'server = "http://reg.example"\n')
+        assert (await store.pull("reg.example/r")).id == image.id
+        assert all(path.startswith("http://reg.example/v2/r/") for _, path, _ in proxy.seen)
+        seen = len(proxy.seen)
+        proxy.add(image, "direct")
+        assert (await store.pull(f"{proxy.host}/r:direct")).id == image.id, "never to this machine's own loopback"
+        assert all(path.startswith("/v2/") for _, path, _ in proxy.seen[seen:])
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,114 @@
+"""One layer: its bytes from the registry, hashed as they pass, into the unpack helper."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from asyncio import shield
+from dataclasses import dataclass
+from pathlib import Path
+
+from cri.images.hosts import Endpoint
+from cri.images.manifest import Descriptor
+from cri.images.progress import LayerProgress, Phase
+from cri.images.registry import Attempt, EndpointError, Registry
+from cri.images.snapshots import Snapshots
+from cri.images.unpack import Feed, Limits, Unpacked, Unpacker
+from shim.errors import Failure
+
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
+
+
+@dataclass(slots=True)
+class Layer:
+    """A layer of one pull. ``path`` set: unpacked there by us as number ``number`` of the helper, not yet published."""
+
+    descriptor: Descriptor
+    diff_id: str
+    chain_id: str
+    progress: LayerProgress
+    path: Path | None = None
+    unpacked: Unpacked | None = None
+    number: int = 0
+
+
+async def fetch(layer: Layer, registry: Registry, unpacker: Unpacker, snapshots: Snapshots, limits: Limits) -> None:
+    """Download and unpack until the bytes are right or every endpoint has served wrong ones; sets ``layer.path``."""
+    avoid: frozenset[str] = frozenset()
+    while True:
+        path = snapshots.begin(layer.chain_id)
+        try:
+            sources = await _attempt(layer, path, registry, unpacker, limits, avoid)
+        except Failure as error:
+            where = f"{layer.descriptor.digest} {error.path}".strip()
+            raise Failure("unpack layer", error.operation, errno=error.errno, path=where, message=error.message) from error
+        finally:
+            if layer.path is None:
+                snapshots.abandon(path)
+        if layer.path is not None:
+            return
+        avoid |= sources
+
+
+async def _attempt(
+    layer: Layer, path: Path, registry: Registry, unpacker: Unpacker, limits: Limits, avoid: frozenset[str]
+) -> frozenset[str]:
+    """Set ``layer.path`` if the digest was right; else return the endpoints that the wrong bytes came from."""
+    layer.progress.phase = Phase.DOWNLOADING
+    feed = await unpacker.unpack(path / "fs", layer.descriptor.size, layer.diff_id.partition(":")[0], limits)
+    try:
+        sink = _Sink(layer, feed)
+        await registry.stream_blob(layer.descriptor.digest, sink, avoid)
+        feed.close()
+        if not sink.verified():
+            return sink.sources
+        layer.progress.phase = Phase.UNPACKING
+        unpacked = await feed.done
+        if unpacked.diff_id != layer.diff_id:
+            raise Failure("unpack layer", message=f"diff id is {unpacked.diff_id}, config says {layer.diff_id}")
+        layer.path, layer.unpacked, layer.number = path, unpacked, feed.number
+        layer.progress.phase = Phase.DONE
+        return sink.sources
+    finally:
+        feed.close()
+        feed.done.cancel()
+
+
+class _Sink:
+    """A layer's bytes on their way into the helper: counted, hashed, compared."""
+
+    def __init__(self, layer: Layer, feed: Feed) -> None:
+        self._layer, self._feed = layer, feed
+        self._algorithm = layer.descriptor.digest.partition(":")[0]
+        self._hash = hashlib.new(self._algorithm)
+        self._feeding = True
+        self.offset = 0
+        self.sources: frozenset[str] = frozenset()
+        layer.progress.fetched = 0
+
+    @property
+    def missing(self) -> int:
+        return self._layer.descriptor.size - self.offset
+
+    async def write(self, endpoint: Endpoint, chunk: bytes) -> None:
+        self.sources |= {endpoint.base}
+        if len(chunk) > self.missing:
+            raise EndpointError(Attempt(endpoint.base, f"sent more than the {self._layer.descriptor.size} bytes of the blob", 200))
+        self._hash.update(chunk)
+        self.offset += len(chunk)
+        self._layer.progress.fetched = self.offset
+        if self._feeding and not await self._feed.write(chunk):
+            await self._stopped()
+
+    async def _stopped(self) -> None:
+        """The helper gave up on the archive. Unless the disk is at fault, read on: only the digest can tell whether these were the
+        image's bytes (its fault) or the endpoint's invention (then another is asked)."""
+        self._feeding = False
+        try:
+            await shield(self._feed.done)
+        except Failure as error:
+            if error.errno in _DISK:
+                raise
+
+    def verified(self) -> bool:
+        return self._layer.descriptor.digest == f"{self._algorithm}:{self._hash.hexdigest()}"
