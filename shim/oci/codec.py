@@ -328,6 +328,8 @@ def _encode_object(kind: type) -> _Convert:
     rows: list[tuple[str, str, Any, _Convert | None]] = []
     for f in dataclasses.fields(kind):
         default = f.default_factory() if f.default_factory is not _MISSING else f.default
+        if f.metadata.get("required"):  # by the specification, whatever our default is
+            default = _MISSING
         rows.append((f.name, json_name(f), default, _make_encoder(hints[f.name])))
 
     def convert(value: Any) -> dict[str, Any]:

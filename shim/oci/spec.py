@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+_REQUIRED = {"required": True}  # written even where it equals our default
+
 
 class NamespaceType(StrEnum):
     """Linux namespaces by the names config-linux.md uses."""
@@ -49,8 +51,8 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class User:
-    uid: int = 0
-    gid: int = 0
+    uid: int = field(default=0, metadata=_REQUIRED)
+    gid: int = field(default=0, metadata=_REQUIRED)
     umask: int | None = None
     additional_gids: tuple[int, ...] = ()
     username: str = ""  # extension on Linux: "name", "name:group", "1000:group"…; resolved inside the root, then wins over uid/gid
@@ -84,7 +86,7 @@ class Process:
     """config.md#process. Also the payload of an exec session."""
 
     args: tuple[str, ...]
-    cwd: str = "/"
+    cwd: str = field(default="/", metadata=_REQUIRED)
     env: tuple[str, ...] = ()
     terminal: bool = False
     console_size: Box | None = None

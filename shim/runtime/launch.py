@@ -14,8 +14,7 @@ from shim.linux import libc, process
 from shim.runtime.channel import Channel
 
 STDIO = frozenset({0, 1, 2})  # /dev/null and the supervisor's log; kept so that nothing else lands on these numbers
-# Ignored when the supervisor started: by Python (SIGPIPE, SIGXFSZ) or by whoever started it. Ignored survives both fork and execve.
-_IGNORED = tuple(int(n) for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN)
+_SIGNALS = tuple(signal.valid_signals())
 
 
 class Job(Protocol):
@@ -60,8 +59,11 @@ def run_child(job: Job, channel: Channel, title: str) -> NoReturn:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
-        for number in _IGNORED:  # CLONE_CLEAR_SIGHAND resets handlers only
-            libc.default_signal(number)
+        for number in _SIGNALS:
+            # CLONE_CLEAR_SIGHAND resets handlers only. Ignored are those that Python, the supervisor or its starter ignores, and
+            # ignored survives execve.
+            if signal.getsignal(number) is signal.SIG_IGN:
+                libc.default_signal(number)
         libc.set_signal_mask(0)
         process.close_all_except({*STDIO, channel.fileno(), *job.keep})
         process.set_dumpable(False)

@@ -53,10 +53,10 @@ def spec(**changes: Any) -> Spec:
         (Memory(limit=1, disable_oom_killer=True, kernel_tcp=2), {"limit": 1, "kernelTCP": 2, "disableOOMKiller": True}),
         (BlockIO(throttle_read_iops_device=(ThrottleDevice(8, 0, 9),)), {"throttleReadIOPSDevice": [{"major": 8, "minor": 0, "rate": 9}]}),
         (BlockIO(throttle_read_bps_device=(ThrottleDevice(8, 0, 9),)), {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 9}]}),
-        (Process(("a",), no_new_privileges=True, oom_score_adj=0), {"args": ["a"], "noNewPrivileges": True, "oomScoreAdj": 0}),
+        (Process(("a",), no_new_privileges=True, oom_score_adj=0), {"args": ["a"], "cwd": "/", "noNewPrivileges": True, "oomScoreAdj": 0}),
         (Seccomp("SCMP_ACT_ERRNO", default_errno_ret=1), {"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1}),
         (Namespace(NamespaceType.PID, "pod:pid"), {"type": "pid", "path": "pod:pid"}),
-        (User(groups_policy=GroupsPolicy.MERGE, additional_gids=(1,)), {"additionalGids": [1], "groupsPolicy": "Merge"}),
+        (User(groups_policy=GroupsPolicy.MERGE, additional_gids=(1,)), {"uid": 0, "gid": 0, "additionalGids": [1], "groupsPolicy": "Merge"}),
         (DeviceCgroup(allow=False), {"allow": False}),  # no default: always written, as the schema requires
         (Linux(cgroups_path="/a"), {"cgroupsPath": "/a"}),
         (Resources(block_io=BlockIO(weight=5), unified={"a": "b"}), {"blockIO": {"weight": 5}, "unified": {"a": "b"}}),
