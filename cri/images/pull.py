@@ -28,6 +28,7 @@ from cri.images.unpack import Limits, Unpacker
 from shim.errors import Failure
 from shim.linux.process import boot_id
 
+_PATIENCE = 5.0  # seconds
 _NESTING = 4  # indexes in indexes
 
 
@@ -288,8 +289,12 @@ class Pulls:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        while self._background:
-            await asyncio.gather(*self._background, return_exceptions=True)
+        # A flush of a slow disk is not worth waiting for: what it would have marked is only trusted until the next reboot.
+        for _ in range(2):  # the second time for what was cancelled after the first
+            if self._background:
+                await asyncio.wait(set(self._background), timeout=_PATIENCE)
+            for background in self._background:
+                background.cancel()
 
 
 async def _stop(starting: asyncio.Task[Unpacker]) -> None:

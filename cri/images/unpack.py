@@ -19,6 +19,7 @@ from shim.client import read_only_image
 from shim.errors import Failure
 
 _PIPE = 1 << 20
+_PATIENCE = 5.0  # seconds
 _ROOT = str(Path(cri.__file__).resolve().parent.parent)
 _CODE = "import sys; sys.path.append(sys.argv[1]); from cri.images.unpack_worker import main; main(int(sys.argv[2]))"
 
@@ -168,7 +169,8 @@ class Unpacker:
         self._fail("unpack helper was stopped")
         with suppress(ProcessLookupError):
             self._process.kill()
-        await self._process.wait()
+        with suppress(TimeoutError):  # a process stuck in the kernel dies when that lets go of it, and asyncio reaps it then
+            await asyncio.wait_for(self._process.wait(), _PATIENCE)
 
     async def _send(
         self, request: dict[str, Any], directories: Sequence[Path], fds: Sequence[int] = ()

@@ -250,6 +250,40 @@ async def test_a_pull_that_fails_hands_its_layers_on(store: Images) -> None:
     assert left_over(store) == []
 
 
+async def test_pulling_and_removing_at_once(store: Images) -> None:
+    """SCENARIOS 24 and 25: whatever the order, what a pull answers is whole, and at the end nothing is left over."""
+    image = images.many_layers(3)
+    with Fake() as fake:
+        fake.add(image, "latest")
+        ref = f"{fake.host}/r"
+
+        async def remove() -> None:
+            for _ in range(30):
+                await store.remove(ref)
+                await asyncio.sleep(0.005)
+
+        async def pull() -> None:
+            for n in range(4):
+                pulled = await store.pull(ref)
+                try:
+                    recipe = await store.prepare(pulled, f"{id(asyncio.current_task())}-{n}")
+                except ImageNotFound:
+                    continue
+                assert all(os.listdir(lower) for lower in recipe.lower)
+                await store.release(f"{id(asyncio.current_task())}-{n}")
+
+        await asyncio.gather(pull(), pull(), remove(), remove())
+        await store.pull(ref)
+        assert "bin/busybox" in content(store, ref)
+    await store.remove(ref)
+    for _ in range(300):
+        if not store.pulls._background:
+            break
+        await asyncio.sleep(0.02)
+    await store.snapshots.settled()
+    assert list(store.snapshots.all()) == [] and left_over(store) == [] and not store.pulls.keep
+
+
 async def slow(fake: Fake, name: str) -> None:
     while not any(name in path for _, path, _ in fake.seen):
         await asyncio.sleep(0.01)
