@@ -6,7 +6,7 @@ kernel, the runtime core); it needs no wrapping, ``status_of`` knows both.
 
 from __future__ import annotations
 
-import errno as _errno
+import errno
 from typing import ClassVar
 
 from shim.errors import Failure
@@ -146,20 +146,11 @@ def status_of(error: BaseException) -> tuple[str, str]:
     if isinstance(error, CriError):
         return error.code, str(error)
     if isinstance(error, Failure):
-        return _failure_code(error), str(error)
+        # ENOENT of a path says nothing about the container, and the kubelet takes NOT_FOUND as "gone": only the records may say that.
+        return "DEADLINE_EXCEEDED" if error.errno == errno.ETIMEDOUT else "UNKNOWN", str(error)
     if isinstance(error, TimeoutError):
         return "DEADLINE_EXCEEDED", str(error) or "timed out"
     if isinstance(error, OSError):
         path = error.filename if isinstance(error.filename, str) else ""
         return "UNKNOWN", str(Failure("", "", errno=error.errno, path=path, message=str(error) if error.errno is None else ""))
     return "INTERNAL", f"{type(error).__name__}: {error}"
-
-
-def _failure_code(failure: Failure) -> str:
-    # Only what a client can act upon gets a code of its own. ENOENT of a path inside an operation says nothing about the
-    # container's existence, and the kubelet takes NOT_FOUND as "gone": so only a failed look-up in the table may become that.
-    if failure.operation == "lookup" and failure.errno == _errno.ENOENT:
-        return "NOT_FOUND"
-    if failure.errno == _errno.ETIMEDOUT:
-        return "DEADLINE_EXCEEDED"
-    return "UNKNOWN"

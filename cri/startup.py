@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import resource
 import stat
 import sys
 from dataclasses import dataclass
@@ -90,6 +91,9 @@ def serve(config: Config) -> int:
     held = lock(config)
     log.setup(config.log.level, config.log.format)
     link = client.ensure(Path(config.state), interpreter(), runtime_cgroup=config.cgroup.runtime_cgroup)
+    # Only now: a supervisor takes the limits it is started with as those of containers.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     from cri import daemon
 
     code = daemon.main(config, link)
