@@ -247,8 +247,6 @@ def _attach_filesystem(prepared: Prepared, rootfd: int, index: int, op: Filesyst
     os.close(target)
     if op.propagation:
         m.mount_setattr(fd, propagation=op.propagation)
-    if op.destination == "/dev":
-        prepared.null = Spare(os.open("null", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd), attached=True)
     if late:
         prepared.late.append(fd)
     if op.fstype in ("proc", "sysfs"):
@@ -314,11 +312,20 @@ def _mask(prepared: Prepared, rootfd: int, path: str) -> None:
     target = _locate(prepared, rootfd, path)
     if target is None:
         return
-    spare = prepared.empty if stat.S_ISDIR(os.fstat(target).st_mode) else prepared.null
+    spare = prepared.empty if stat.S_ISDIR(os.fstat(target).st_mode) else prepared.null or _our_null(prepared)
     if spare is None:
         raise Failure(_PHASE, "mask", path=path, message="nothing to mask it with")
     spare.take(target)
     os.close(target)
+
+
+def _our_null(prepared: Prepared) -> Spare:
+    """The null device in the /dev that we made, never what the image may have under that name (CVE-2025-31133)."""
+    fd = os.open("null", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=prepared.own["/dev"][0])
+    prepared.null = Spare(fd, attached=True)
+    if os.fstat(fd).st_rdev != os.makedev(1, 3):
+        raise Failure(_PHASE, "mask", path="/dev/null", message="is not the null device")
+    return prepared.null
 
 
 def _readonly(prepared: Prepared, rootfd: int, path: str) -> None:

@@ -92,6 +92,7 @@ class Box:
         after: Callable[[], str] | None = None,
         inside: Callable[[int], None] | None = None,
         linux: Linux | None = None,
+        mknod: bool = True,
     ) -> Result:
         """Run a shell script as PID 1 in a new root. ``before``, ``during`` and ``after`` run on the host's side (its own mount namespace),
         ``inside`` in the container before it executes, with the root's fd. A Failure of the runtime is raised here."""
@@ -103,11 +104,12 @@ class Box:
             linux=linux or Linux(namespaces=NAMESPACES),
         )
         recipe = recipe or self.recipe()
+        operations = plan.plan(spec, recipe, cgroup_version=version, cgroup_paths=cgroup_paths or {}, mknod=mknod)
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(read)
-            job = _Job(spec, recipe, write, version, cgroup_paths or {}, shm, inside)
+            job = _Job(spec, recipe, write, operations, shm, inside)
             job.host_side(before, during, after)
         os.close(write)
         with open(read, "rb") as file:
@@ -129,8 +131,7 @@ class _Job:
     spec: Spec
     recipe: Recipe
     write: int
-    version: int
-    cgroup_paths: dict[str, str]
+    operations: tuple[plan.Op, ...]
     shm: Callable[[], int] | None
     inside: Callable[[int], None] | None
 
@@ -147,12 +148,11 @@ class _Job:
             m.make_private("/")
             if before:
                 before()
-            operations = plan.plan(self.spec, self.recipe, cgroup_version=self.version, cgroup_paths=self.cgroup_paths)
-            prepared = ops.prepare(operations, self.recipe, shm_fd=self.shm() if self.shm else None)
+            prepared = ops.prepare(self.operations, self.recipe, shm_fd=self.shm() if self.shm else None)
             out, into = os.pipe()
             pid, pidfd = libc.clone3(libc.CLONE_NEWPID, pidfd=True)
             if pid == 0:
-                self.container(into, operations, prepared)
+                self.container(into, prepared)
             os.close(into)
             prepared.close()
             if during:
@@ -168,15 +168,15 @@ class _Job:
         finally:
             os._exit(0)
 
-    def container(self, out: int, operations: tuple[plan.Op, ...], prepared: ops.Prepared) -> NoReturn:
+    def container(self, out: int, prepared: ops.Prepared) -> NoReturn:
         try:
             signal.alarm(SECONDS)
             libc.unshare(libc.CLONE_NEWNET | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS)
             os.close(ops.lean_namespace())
             libc.unshare(libc.CLONE_NEWNS)
             rootfd = ops.attach_root(prepared)
-            ops.attach(operations, prepared, rootfd)
-            ops.seal(operations, prepared, rootfd)
+            ops.attach(self.operations, prepared, rootfd)
+            ops.seal(self.operations, prepared, rootfd)
             if self.inside:
                 self.inside(rootfd)
             image = libc.ExecImage(b"/bin/sh", [arg.encode() for arg in self.spec.process.args], [b"PATH=/bin"])
