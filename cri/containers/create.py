@@ -127,6 +127,7 @@ class _Maker:
         operation.enter("record")
         pod.require_ready()  # StopPodSandbox may have begun meanwhile; it waits for this very call to be undone
         facts.created_at = now()
+        facts.stages = operation.took
         undo.push("remove record", partial(self.containers.records.remove, container_id))
         container = Container(facts, config, records.config_json(config), pod)
         container.process = spec.process

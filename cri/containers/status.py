@@ -92,6 +92,7 @@ def _info(container: Container, containers: Containers) -> dict[str, Any]:
         "record": str(containers.records.path(container.id)),
         "logPath": facts.log_path,
         "cgroupsPath": facts.cgroups_path,
+        "stagesMicroseconds": facts.stages,
         "config": json.loads(bytes(container.config_json)),
         "runtimeSpec": _spec(directory / bundle.CONFIG),
     }
