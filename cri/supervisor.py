@@ -431,9 +431,12 @@ class Supervisor:
         self._background(self._replace())
 
     def _watch_orphans(self) -> None:
-        for facts in (*self._pods.values(), *(c for c in self._containers.values() if c.exit is None)):
-            if facts.pid:
-                self._orphans.watch(facts.pid, facts.starttime)
+        for pod in self._pods.values():
+            if pod.pid:
+                self._orphans.watch(pod.pid, pod.starttime)
+        for container in self._containers.values():
+            if container.pid and container.exit is None:
+                self._orphans.watch(container.pid, container.starttime)
         for session in self._sessions.values():
             self._orphans.watch(session.pid, None, pidfd=os.dup(session.pidfd))
 

@@ -25,7 +25,7 @@ from shim.linux import libc, mount, process
 SOCKET = "supervisor.sock"
 LOG = "supervisor.log"
 _PATIENCE = 10.0  # s for a supervisor to answer its first message
-_ENTRY = "import sys; sys.path.append(sys.argv[2]); from shim.supervisor.main import main; main()"
+_ENTRY = "import sys; sys.path.append(sys.argv[2]); from shim.supervisor.boot import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def _spawn(state: Path, python: Path, runtime_cgroup: str) -> Link:
             stdout=subprocess.DEVNULL,
             stderr=log,
             cwd="/",
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **_failpoints()},
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", **_failpoints()},
             start_new_session=True,
         )
     except OSError as error:

@@ -109,10 +109,10 @@ class Job:
         if self._waiter is not None and (self._inbox or self._over):
             self._waiter.set(None)
 
-    def send(self, body: dict[str, Any]) -> None:
+    def send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         """To a child that has died, nothing is sent: its end of file tells."""
         try:
-            self._connection.send(body)
+            self._connection.send(body, fds)
         except wire.Closed:
             return
 

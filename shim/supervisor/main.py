@@ -33,6 +33,7 @@ from shim.supervisor.children import Children, watch_signals
 from shim.supervisor.logs import Logs
 from shim.supervisor.loop import Loop
 from shim.supervisor.server import Server
+from shim.supervisor.spare import Spares
 from shim.supervisor.table import Core, Table
 
 _OOM_SCORE = -999  # the kernel takes us last but one: -1000 would exempt us, and then children that forget to reset it
@@ -125,7 +126,8 @@ def prepare(settings: Settings, first: socket.socket) -> Loop:
         slots=slots,
     )
     server, table = Server(loop), Table()
-    core = Core(loop, children, context, table, state, os.path.realpath(settings.state), process.boot_id(), server.publish, log)
+    path, spares = os.path.realpath(settings.state), Spares(children, context)
+    core = Core(loop, children, context, table, state, path, process.boot_id(), spares, server.publish, log)
     logs = Logs(children, table, state, server.publish, log)
     gc.collect()
     gc.freeze()  # forked children then share these pages for good
@@ -134,6 +136,7 @@ def prepare(settings: Settings, first: socket.socket) -> Loop:
     loop.start(adopt.watch_groups(core))
     server.open(core, logs)
     server.join(first)
+    spares.prepare()
     return loop
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from shim import cgroups
 from shim.errors import Failure
-from shim.runtime import exec as running
 from shim.runtime import jobs
 from shim.supervisor import exits
 from shim.supervisor.children import Job, Process
 from shim.supervisor.containers import set_size
 from shim.supervisor.logs import Logs
 from shim.supervisor.request import Request
+from shim.supervisor.spare import order
 from shim.supervisor.table import Container, Core, Session
 
 _STREAMS = ("stdin", "stdout", "stderr")
@@ -60,21 +60,19 @@ async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
 
 
 def _launch(core: Core, container: Container, init: int, group: cgroups.Group, given: dict[str, int], slot: int) -> Job:
-    """Born in the container's cgroup where the kernel can (v2), else the child moves itself."""
-    if group.version == 2 and container.group_fd is None:
+    """By the spare child where there is one. With cgroup v2 a child is rather born in the container's cgroup: moving takes long there."""
+    fds = {"init": init, "bundle": container.bundle, **given}
+    if group.version == 1:
+        job = core.spares.take(group, slot, fds)
+        return job or core.children.run(order(core.context, group, slot, fds), "exec")
+    if container.group_fd is None:
         container.group_fd = cgroups.open_dir(group)
-
-    def job(born: bool) -> running.Exec:
-        streams = {name: given.get(name) for name in _STREAMS}
-        return running.Exec(core.context, group, init, container.bundle, given["payload"], slot, **streams, in_cgroup=born)
-
-    if container.group_fd is not None:
-        try:
-            return core.children.run(job(True), "exec", container.group_fd)
-        except Failure as failure:
-            if failure.errno not in (errno.EBUSY, errno.EOPNOTSUPP):  # a container that made domains of its own below
-                raise
-    return core.children.run(job(False), "exec")
+    try:
+        return core.children.run(order(core.context, group, slot, fds, in_cgroup=True), "exec", container.group_fd)
+    except Failure as failure:
+        if failure.errno not in (errno.EBUSY, errno.EOPNOTSUPP):  # a container that made domains of its own below
+            raise
+    return core.children.run(order(core.context, group, slot, fds), "exec")
 
 
 async def _failed(core: Core, body: dict[str, Any], forked: Process | None) -> None:

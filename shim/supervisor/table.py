@@ -19,6 +19,7 @@ from shim.oci.bundle import ExitRecord
 from shim.runtime.context import Context, PodHandles
 from shim.supervisor.children import Children, Job, Process
 from shim.supervisor.loop import Future, Loop
+from shim.supervisor.spare import Spares
 
 RECORD = "runtime.json"
 RECORD_VERSION = 1
@@ -187,6 +188,7 @@ class Core:
     state: int  # fd of the state directory
     state_path: str
     boot_id: str
+    spares: Spares
     publish: Callable[[dict[str, Any]], None]  # an event to the daemon
     log: Callable[[str], None]
 

@@ -1,0 +1,96 @@
+"""One child forked ahead of its work, for exec sessions: forking a warm interpreter costs more than the rest of a short exec.
+
+A spare holds none of any container's fds: it is forked before the request is there, and gets them with its orders. There is one, so a
+burst falls back to forking; it is replaced a moment after it has been used, when nobody waits.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from shim.cgroups import Group
+from shim.linux import process
+from shim.oci import codec
+from shim.oci.spec import Process
+from shim.runtime.channel import Channel
+from shim.runtime.context import Context
+from shim.runtime.exec import Exec
+from shim.supervisor.children import Children, Job
+
+_MAX_FDS = 8
+_DELAY = 0.003  # s after use until the next one is forked: by then the exit of a short command has been told
+_SAMPLE = b'{"args":["a"],"cwd":"/","env":["A=b"],"user":{"uid":1},"capabilities":{"bounding":["CAP_CHOWN"]},"rlimits":[]}'
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """The job: wait for orders, then do as ``Exec`` does. End of file before that means that it is not needed."""
+
+    context: Context
+
+    @property
+    def keep(self) -> Collection[int]:
+        return tuple(self.context.fds())
+
+    def __call__(self, channel: Channel) -> None:
+        codec.decode(Process, _SAMPLE)  # writes to pages that the real one will write to, while nobody waits for it
+        sock = socket.socket(fileno=channel.fileno())
+        data, ancillary, _, _ = sock.recvmsg(32 * 1024, socket.CMSG_SPACE(_MAX_FDS * 4))
+        sock.detach()
+        if not data:
+            return
+        process.set_title("cri-shim: exec")
+        fds = array.array("i")
+        for _, _, part in ancillary:
+            fds.frombytes(part)
+        self._exec(json.loads(data), list(fds), channel)
+        os.close(channel.fileno())  # the supervisor waits for its end of file, and our exit first has memory to give back
+
+    def _exec(self, orders: dict[str, Any], fds: list[int], channel: Channel) -> None:
+        named = dict(zip(orders["fds"], fds, strict=True))
+        order(self.context, Group.from_json(orders["cgroup"]), orders["slot"], named)(channel)
+
+
+def order(context: Context, group: Group, slot: int, fds: dict[str, int], *, in_cgroup: bool = False) -> Exec:
+    """The job with its fds by name: init, bundle, payload, and those of stdin, stdout and stderr that are given."""
+    streams = (fds.get("stdin"), fds.get("stdout"), fds.get("stderr"))
+    return Exec(context, group, fds["init"], fds["bundle"], fds["payload"], slot, *streams, in_cgroup)
+
+
+class Spares:
+    """``take`` a child that is ready, if there is one."""
+
+    def __init__(self, children: Children, context: Context) -> None:
+        self._children, self._context = children, context
+        self._job: Job | None = None
+        self._coming = False
+
+    def prepare(self) -> None:
+        """Fork one soon."""
+        if self._job is None and not self._coming:
+            self._coming = True
+            self._children.loop.call_later(_DELAY, self._fork)
+
+    def _fork(self) -> None:
+        self._coming = False
+        if self._job is None:
+            self._job = self._children.run(Spare(self._context), "spare")
+
+    def take(self, group: Group, slot: int, fds: dict[str, int]) -> Job | None:
+        """A child that has got orders to be ``Exec`` with these fds by field name; None when there is none ready."""
+        job, self._job = self._job, None
+        self.prepare()
+        if job is None:
+            return None
+        if job.process.ended.done:
+            job.close()
+            return None
+        job.title = "exec"
+        job.send({"cgroup": group.to_json(), "slot": slot, "fds": list(fds)}, tuple(fds.values()))
+        return job
