@@ -525,6 +525,26 @@ async def test_a_cut_connection_goes_on_where_it_stopped(store: Images) -> None:
     assert starts == sorted(starts) and starts[-1] > size // 2
 
 
+async def test_a_busy_registry_is_asked_again(store: Images) -> None:
+    image = small()
+    answers = {"manifests": [503, 429], "blobs": [502]}
+
+    def busy(handler: Any, path: str) -> bool:
+        pending = answers["manifests" if "/manifests/" in path else "blobs"]
+        if not pending:
+            return False
+        handler.reply(pending.pop(), Retry_After="0")
+        return True
+
+    with Fake(hook=busy) as fake:
+        fake.add(image, "latest")
+        assert (await store.pull(f"{fake.host}/r")).id == image.id
+        answers["manifests"] = [500] * 9
+        with pytest.raises(RegistryUnavailable, match="HTTP 500"):
+            await store.pull(f"{fake.host}/r")
+        assert len(answers["manifests"]) == 6, "three tries, then it is said"
+
+
 async def test_no_progress_is_noticed(store: Images) -> None:
     image = small()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,7 +14,7 @@ import pytest
 from hack import images
 from hack.images import Layer, assemble
 from protos.runtime.v1 import api_pb2 as v1
-from tests.daemon.harness import Daemon, Node
+from tests.daemon.harness import Daemon, Node, gone, title, wait_for
 from tests.registry import PASSWORD, USER, DockerRegistry, Fake, TokenServer
 
 pytestmark = pytest.mark.registry
@@ -179,3 +181,30 @@ def test_a_daemon_killed_in_a_pull_leaves_nothing_half_done(daemon: Daemon, node
         fake.hook = None
         assert pull(daemon, f"{fake.host}/killed") == made.id
         remove(daemon, made.id)
+
+
+def test_killed_at_any_moment_the_store_stays_whole(daemon: Daemon, registry: DockerRegistry) -> None:
+    made = images.many_layers(30)
+    ref = registry.push(made, "killed-anywhere")
+    store = daemon.root / "images"
+    for n in range(5):
+        answer = daemon.images.PullImage.future(v1.PullImageRequest(image=spec(ref)), timeout=60)
+        time.sleep(0.08 + 0.09 * n)
+        helpers = unpack_helpers(daemon.process.pid)  # type: ignore[union-attr]
+        daemon.kill()
+        assert answer.exception() is not None or answer.result().image_ref == made.id
+        wait_for("helpers to die with the daemon", lambda helpers=helpers: all(gone(pid) for pid in helpers))
+        daemon.start()
+        wait_for("abandoned layers to go", lambda: not [*(store / "ingest").iterdir(), *(store / "trash").iterdir()])
+        if status(daemon, made.id).HasField("image"):
+            assert len(json.loads(status(daemon, made.id, verbose=True).info["info"])["snapshots"]) == 30
+            remove(daemon, made.id)
+    assert pull(daemon, ref) == made.id
+    lowers = json.loads(status(daemon, made.id, verbose=True).info["info"])["snapshots"]
+    assert [(Path(lower) / "order").read_text() for lower in lowers[:-1]] == [str(n) for n in range(29, 0, -1)]
+    remove(daemon, made.id)
+
+
+def unpack_helpers(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(c) for c in children if "unpack_worker" in title(int(c))]
