@@ -12,10 +12,11 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cri.facts import ContainerFacts, Created, ExecSession, PodFacts, PodHandles, Snapshot, Started
+from cri.line import Line, Lost, unpack
 from cri.orphans import Orphans
 from shim import client, wire
 from shim.errors import Failure
@@ -24,74 +25,12 @@ from shim.oci import codec
 from shim.oci.bundle import ExitRecord
 from shim.oci.spec import Process, Resources, User
 
+__all__ = ["ContainerFacts", "Created", "ExecSession", "PodFacts", "PodHandles", "Snapshot", "Started", "Supervisor"]
+
 log = logging.getLogger(__name__)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _PAUSE = 0.2  # s between tries to start a supervisor that does not come up
-
-
-@dataclass(frozen=True, slots=True)
-class PodHandles:
-    pid: int  # PID 1 of a shared PID namespace, else 0
-    netlink: int | None  # a rtnetlink socket in the pod's network namespace, the caller's to close
-
-
-@dataclass(frozen=True, slots=True)
-class Created:
-    pid: int  # 0 where the process is forked at start (shared PID namespaces)
-    user: User
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    pid: int
-    started_at: int  # ns since the epoch
-
-
-@dataclass(frozen=True, slots=True)
-class PodFacts:
-    pid: int  # of PID 1, 0 without one
-    starttime: int
-    ready: bool  # False: its namespaces are gone
-
-    @classmethod
-    def from_hello(cls, fields: dict[str, Any]) -> PodFacts:
-        return cls(fields["pid"], fields["starttime"], fields["ready"])
-
-
-@dataclass(slots=True)
-class ContainerFacts:
-    pod: str
-    pid: int
-    starttime: int
-    started_at: int
-    tty: bool = False
-    user: User = field(default_factory=User)
-    exit: ExitRecord | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What the supervisor has, for recovery."""
-
-    pods: dict[str, PodFacts]
-    containers: dict[str, ContainerFacts]
-
-
-@dataclass(slots=True, eq=False)
-class ExecSession:
-    """A running exec'd process. ``exited`` gives its exit code (128 + n after signal n); ``console`` is the caller's to close."""
-
-    id: str
-    container: str
-    pid: int
-    pidfd: int
-    console: int | None
-    exited: asyncio.Future[int]
-
-
-class _Lost(Exception):
-    """The connection ended before the answer came."""
 
 
 class Supervisor:
@@ -101,11 +40,9 @@ class Supervisor:
         self._state, self._python, self._runtime_cgroup = state, python, runtime_cgroup
         self._loop = asyncio.get_running_loop()
         self._link: client.Link | None = None
-        self._connection: wire.Connection | None = None
-        self._pending: dict[int, asyncio.Future[wire.Message]] = {}
-        self._next = 0
+        self._line: Line | None = None
         self._up = asyncio.Event()
-        self._writing = self._closed = False
+        self._closed = False
         self._pods: dict[str, PodFacts] = {}
         self._pod_fds: dict[str, dict[str, int]] = {}
         self._containers: dict[str, ContainerFacts] = {}
@@ -278,66 +215,17 @@ class Supervisor:
             if not self._up.is_set():
                 await self._up.wait()
             try:
-                return _unpack(op, await self._post(op, fds, fields))
-            except _Lost:
+                return unpack(op, await self._post(op, fds, fields))
+            except Lost:
                 if not wire.OPERATIONS[op].repeatable:
                     raise Failure(op, path=str(fields.get("id", "")), message="supervisor was replaced") from None
 
     def _post(self, op: str, fds: Sequence[int], fields: dict[str, Any]) -> asyncio.Future[wire.Message]:
+        if self._line is not None:
+            return self._line.post(op, fds, fields)
         future: asyncio.Future[wire.Message] = self._loop.create_future()
-        connection = self._connection
-        if connection is None:
-            future.set_exception(_Lost())
-            return future
-        self._next += 1
-        number = self._next
-        self._pending[number] = future
-        try:
-            connection.send({"v": wire.VERSION, "n": number, "op": op, **fields}, fds)
-            self._want_write(connection)
-        except wire.Closed as error:
-            self._lost(str(error))
-        except (ValueError, TypeError):
-            del self._pending[number]
-            raise
+        future.set_exception(Lost())
         return future
-
-    def _want_write(self, connection: wire.Connection) -> None:
-        if connection.pending != self._writing:
-            self._writing = connection.pending
-            if self._writing:
-                self._loop.add_writer(connection.fileno(), self._flush)
-            else:
-                self._loop.remove_writer(connection.fileno())
-
-    def _flush(self) -> None:
-        if self._connection is not None:
-            try:
-                self._connection.flush()
-                self._want_write(self._connection)
-            except wire.Closed as error:
-                self._lost(str(error))
-
-    def _readable(self) -> None:
-        try:
-            while self._connection is not None and (message := self._connection.receive()) is not None:
-                if "n" in message.body:
-                    self._answered(message)
-                else:
-                    self._event(message.body)
-        except wire.Closed as error:
-            self._lost(str(error))
-
-    def _answered(self, message: wire.Message) -> None:
-        future = self._pending.pop(message.body["n"], None)
-        if future is None or future.done():  # the caller was cancelled
-            self._abandon(message)
-        else:
-            future.set_result(message)
-
-    def _abandon(self, message: wire.Message) -> None:
-        """Nobody waits for this answer any more; what it carries must not leak."""
-        message.close()
 
     def _event(self, body: dict[str, Any]) -> None:
         kind = body["event"]
@@ -377,9 +265,7 @@ class Supervisor:
     def _take(self, link: client.Link) -> None:
         """Start to use a link, and bring what is known up to date with its hello."""
         self._link = link
-        self._connection = wire.Connection(link.socket)
-        self._writing = False
-        self._loop.add_reader(link.socket.fileno(), self._readable)
+        self._line = Line(link.socket, self._event, self._lost)
         for pod in link.hello["pods"]:
             self._pods[pod["id"]] = PodFacts.from_hello(pod)
         for entry in link.hello["containers"]:
@@ -407,22 +293,16 @@ class Supervisor:
                         self._consoles[container_id] = fds["console"]
 
     def _hang_up(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            self._loop.remove_reader(connection.fileno())
-            self._loop.remove_writer(connection.fileno())
-            connection.close()
-        pending, self._pending = self._pending, {}
-        for future in pending.values():
-            if not future.done():
-                future.set_exception(_Lost())
+        line, self._line = self._line, None
+        if line is not None:
+            line.close()
         link, self._link = self._link, None
         if link is not None:
             self._orphans.reap_supervisor(link.pid, link.pidfd)
 
     def _lost(self, why: str) -> None:
         """The supervisor is gone: catch what it was the parent of at once, then get another."""
-        if self._closed or self._connection is None:
+        if self._closed or self._line is None:
             return
         self._up.clear()
         log.warning("supervisor %d is gone (%s), starting another", self.pid, why)
@@ -456,7 +336,7 @@ class Supervisor:
         self._take(link)
         try:
             await self._hand_over()
-        except _Lost:
+        except Lost:
             return  # the one that was lost meanwhile is being replaced already
         self._up.set()
         log.warning("supervisor %d has taken over", link.pid)
@@ -477,7 +357,7 @@ class Supervisor:
         answers = [self._post(op, fds, fields) for op, fds, fields in requests]
         for (op, _, fields), answer in zip(requests, answers, strict=True):
             try:
-                ok, _ = _unpack(op, await answer)
+                ok, _ = unpack(op, await answer)
             except Failure as failure:
                 log.warning("%s %s: %s", op, fields.get("id", ""), failure)
                 continue
@@ -496,19 +376,6 @@ class Supervisor:
 
     async def _tell_reaped(self, pid: int, status: int) -> None:
         await self._call("reaped", pid=pid, status=status)
-
-
-def _unpack(op: str, message: wire.Message) -> tuple[dict[str, Any], dict[str, int]]:
-    body, fds = message
-    if "error" in body:
-        message.close()
-        raise Failure.from_json(body["error"])
-    ok: dict[str, Any] = body["ok"]
-    names = ok.get("fds", ())
-    if len(names) != len(fds):
-        message.close()
-        raise Failure(op, message=f"{len(fds)} fds came for {len(names)} names")
-    return ok, dict(zip(names, fds, strict=True))
 
 
 def _exit_record(fields: dict[str, Any]) -> ExitRecord:
