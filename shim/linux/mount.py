@@ -106,6 +106,11 @@ def _explained(fs: int, error: OSError, key: str = "") -> OSError:
     return OSError(number, text, key) if key else OSError(number, text)
 
 
+def detail(error: OSError) -> str:
+    """What an error says beyond its number: for a message that is built from the number already."""
+    return (error.strerror or "").removeprefix(os.strerror(error.errno or 0)).lstrip("; ")
+
+
 def mount_setattr(
     fd: int, *, set: int = 0, clear: int = 0, propagation: int = 0, userns_fd: int | None = None, recursive: bool = False
 ) -> None:

@@ -83,12 +83,12 @@ def prepare(ops: Sequence[Op], recipe: Recipe, *, shm_fd: int | None = None, use
                 try:
                     _prepare_bind(prepared, index, op, shm_fd, namespaces)
                 except OSError as error:
-                    raise Failure.wrap(_PHASE, "mount source", error, op.source) from None
+                    raise _failed("mount source", error, op.source) from None
             elif isinstance(op, Filesystem) and op.on_the_host:
                 try:
                     prepared.mounts[index] = m.new_filesystem(op.fstype, op.options, op.attributes)
                 except OSError as error:
-                    raise Failure.wrap(_PHASE, f"mount {op.fstype}", error, op.destination) from None
+                    raise _failed(f"mount {op.fstype}", error, op.destination) from None
             elif isinstance(op, Mask) and not any(isinstance(o, Filesystem) and o.destination == "/dev" for o in ops):
                 prepared.null = Spare(m.open_tree(m.AT_FDCWD, "/dev/null"))
                 if os.fstat(prepared.null.fd).st_rdev != os.makedev(1, 3):
@@ -188,7 +188,7 @@ def attach(ops: Sequence[Op], prepared: Prepared, rootfd: int, *, proc_fd: int |
             elif isinstance(op, MakeDirectory):
                 os.close(paths.mkdir_all_in_root(rootfd, where))
         except OSError as error:
-            raise Failure.wrap(_PHASE, _verb(op), error, where) from None
+            raise _failed(_verb(op), error, where) from None
 
 
 def seal(ops: Sequence[Op], prepared: Prepared, rootfd: int) -> None:
@@ -204,6 +204,10 @@ def seal(ops: Sequence[Op], prepared: Prepared, rootfd: int) -> None:
         if isinstance(op, Root) and (op.readonly or op.propagation):
             m.mount_setattr(rootfd, set=m.MOUNT_ATTR_RDONLY if op.readonly else 0, propagation=op.propagation)
     prepared.close(keep=rootfd)
+
+
+def _failed(operation: str, error: OSError, path: str) -> Failure:
+    return Failure(_PHASE, operation, errno=error.errno, path=path, message=m.detail(error))
 
 
 def _verb(op: Op) -> str:

@@ -28,7 +28,9 @@ def root_mount(recipe: Recipe, userns: int | None = None) -> int:
             return _bound(recipe.upper, userns, readonly=False, recursive=False)
         return _overlay(recipe, userns)
     except OSError as error:
-        raise Failure.wrap("create container", f"mount {recipe.type}", error, recipe.upper or recipe.source) from None
+        named = [path for path in (*recipe.lower, recipe.upper, recipe.work, recipe.source) if path]
+        where = next((path for path in named if not os.path.isdir(path)), named[-1] if named else "")  # the kernel does not say which
+        raise Failure("create container", f"mount {recipe.type}", errno=error.errno, path=where, message=m.detail(error)) from None
 
 
 def _bound(source: str, userns: int | None, *, readonly: bool, recursive: bool) -> int:

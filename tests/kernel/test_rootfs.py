@@ -285,8 +285,13 @@ def test_overlay_options_are_passed(box: Box) -> None:
 
 def test_a_missing_layer_says_which(box: Box) -> None:
     recipe = dataclasses.replace(box.recipe(), lower=("/no/such/layer", str(box.image)))
-    with pytest.raises(Failure, match="overlay"):
+    with pytest.raises(Failure, match="mount overlay /no/such/layer: ENOENT"):
         box.run(recipe=recipe)
+
+
+def test_what_the_file_system_says_is_in_the_error(box: Box) -> None:
+    with pytest.raises(Failure, match=r"mount tmpfs /x: EINVAL .*(Bad value|bad|Unknown)"):
+        box.run(mounts=(*USUAL, Mount("/x", "tmpfs", "tmpfs", ("size=lots",))))
 
 
 def test_idmapped_layers(box: Box, tmp_path: Path) -> None:
