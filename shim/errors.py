@@ -7,6 +7,15 @@ import os
 from typing import Any
 
 
+_LONGEST = 1000  # characters of a path or message that cross a process boundary: an error must fit into one datagram
+
+
+def _clipped(value: Any) -> Any:
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return f"{value[:_LONGEST]}… ({len(value)} characters)"
+    return value
+
+
 class Failure(Exception):
     """Something the kernel or the runtime core refused, with where and why.
 
@@ -46,7 +55,7 @@ class Failure(Exception):
             "message": self.message,
             "hint": self.hint,
         }
-        return {k: v for k, v in fields.items() if v not in ("", None)}
+        return {k: _clipped(v) for k, v in fields.items() if v not in ("", None)}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Failure:

@@ -16,8 +16,21 @@ import pytest
 
 from shim.errors import Failure
 from shim.oci import codec
-from shim.oci.spec import Capabilities, GroupsPolicy, Linux, Namespace, NamespaceType, Process, Rlimit, Seccomp, SeccompRule, Spec, User
-from tests.kernel.supervised import Rig, rig
+from shim.oci.spec import (
+    Capabilities,
+    GroupsPolicy,
+    Linux,
+    Namespace,
+    NamespaceType,
+    Process,
+    Rlimit,
+    Root,
+    Seccomp,
+    SeccompRule,
+    Spec,
+    User,
+)
+from tests.kernel.supervised import MOUNTS, Rig, rig
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60), pytest.mark.mount]
 
@@ -123,8 +136,8 @@ SECCOMP_MINIMAL = Seccomp(
         # the architecture: prctl, set*id, capset, fork and execve.
         SeccompRule(
             tuple(
-                "execve exit exit_group brk arch_prctl set_tid_address set_robust_list rseq prlimit64 getrandom mprotect readlink readlinkat "
-                "getuid getgid setuid setgid write ioctl fstat newfstatat prctl setresuid setresgid setsid capset clone fork vfork".split()
+                "execve exit exit_group brk arch_prctl set_tid_address set_robust_list rseq prlimit64 getrandom mprotect readlink "
+                "readlinkat getuid getgid setuid setgid write ioctl fstat newfstatat prctl setresuid setresgid setsid capset clone fork vfork".split()
             ),
             "SCMP_ACT_ALLOW",
         ),
@@ -156,7 +169,7 @@ async def test_environment_is_the_containers_own() -> None:
         assert sorted(lines) == ["A=1", "EMPTY=", "HOME=/", "PATH=/bin"]
 
 
-STATUS = ("Umask", "Groups", "SigBlk", "SigIgn", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Cpus_allowed_list", "Seccomp")
+STATUS = "Umask Groups SigBlk SigIgn CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs Cpus_allowed_list Seccomp".split()
 CAPS = ("CAP_CHOWN", "CAP_NET_RAW", "CAP_SETUID", "CAP_SETGID", "CAP_KILL")
 
 
@@ -186,7 +199,8 @@ def under_runc(root: Path, base: Path) -> list[str]:
     bundle = base / "runc"
     bundle.mkdir()
     fresh = tuple(Namespace(kind) for kind in (NamespaceType.MOUNT, NamespaceType.PID, NamespaceType.IPC, NamespaceType.UTS))
-    spec = Spec("1.0.2", root=_root(root), process=_process(), mounts=_mounts(), linux=Linux(fresh, cgroups_path=f"/crishim-runc-{token_hex(3)}"))
+    linux = Linux(fresh, cgroups_path=f"/crishim-runc-{token_hex(3)}")
+    spec = Spec("1.0.2", Root(str(root)), _process(), mounts=MOUNTS, linux=linux)
     (bundle / "config.json").write_bytes(codec.encode(spec))
     command = ["runc", "--root", str(base / "state"), "run", "--bundle", str(bundle), f"t{token_hex(4)}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
@@ -198,18 +212,6 @@ def _process() -> Process:
     capabilities = Capabilities(CAPS, CAPS, (), CAPS, ())
     user = User(additional_gids=(0,))  # ours adds the primary group by itself, runc leaves that to its caller
     return Process(("sh", "-c", SHOW), env=("PATH=/bin", "HOME=/"), user=user, capabilities=capabilities, oom_score_adj=100)
-
-
-def _root(path: Path):  # type: ignore[no-untyped-def]
-    from shim.oci.spec import Root
-
-    return Root(str(path))
-
-
-def _mounts():  # type: ignore[no-untyped-def]
-    from tests.kernel.supervised import MOUNTS
-
-    return MOUNTS
 
 
 @pytest.mark.skipif(shutil.which("runc") is None, reason="Debian's runc is not installed")
