@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -72,15 +73,15 @@ def make_image(base: Path, bare: bool) -> tuple[str, ...]:
     return tuple(str(base / f"layer{n}") for n in range(5))
 
 
-def round_(lean_fd: int, text: bytes, recipe: Recipe, v1: bool) -> dict[str, tuple[float, int]]:
-    """In a child: microseconds and page faults by phase."""
+def round_(lean_fd: int, text: bytes, recipe: Recipe, v1: bool) -> dict[str, tuple[float, float, int]]:
+    """In a child: microseconds, microseconds of CPU and page faults by phase."""
     spec = codec.decode(Spec, text)  # not counted, but stage1 does it first, and much of Python's memory is touched by then
     libc.unshare(libc.CLONE_NEWNET | libc.CLONE_NEWIPC)
     shm = m.new_filesystem("tmpfs", {"source": "shm", "mode": "1777"})
     marks = []
 
     def mark(name: str) -> None:
-        marks.append((name, time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
+        marks.append((name, time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt))
 
     mark("")
     groups = {name: f"/sys/fs/cgroup/{name}" for name in V1} if v1 else {}
@@ -97,7 +98,7 @@ def round_(lean_fd: int, text: bytes, recipe: Recipe, v1: bool) -> dict[str, tup
     mark("attach")
     ops.seal(operations, prepared, rootfd)
     mark("seal")
-    return {b[0]: ((b[1] - a[1]) * 1e6, b[2] - a[2]) for a, b in pairwise(marks)}
+    return {b[0]: ((b[1] - a[1]) * 1e6, (b[2] - a[2]) * 1e6, b[3] - a[3]) for a, b in pairwise(marks)}
 
 
 def lean_fd() -> int:
@@ -142,10 +143,14 @@ def main() -> None:
     finally:
         shutil.rmtree(base)
     for name in results[0]:
-        times, faults = ([r[name][i] for r in results] for i in (0, 1))
-        print(f"{name:12} {statistics.median(times):8.0f} µs  (least {min(times):6.0f})  {statistics.median(faults):5.0f} page faults")
-    sums = [sum(t for t, _ in r.values()) for r in results]
-    print(f"{'all':12} {statistics.median(sums):8.0f} µs  (least {min(sums):6.0f})")
+        show(name, [r[name] for r in results])
+    show("all", [tuple(map(sum, zip(*r.values(), strict=True))) for r in results])
+
+
+def show(name: str, rows: Sequence[Sequence[float]]) -> None:
+    wall, cpu, faults = zip(*rows, strict=True)
+    median = statistics.median
+    print(f"{name:12} {median(wall):7.0f} µs (least {min(wall):5.0f})  {median(cpu):7.0f} µs of CPU  {median(faults):5.0f} page faults")
 
 
 if __name__ == "__main__":
