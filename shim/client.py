@@ -26,6 +26,12 @@ SOCKET = "supervisor.sock"
 LOG = "supervisor.log"
 _PATIENCE = 10.0  # s for a supervisor to answer its first message
 _ENTRY = "import sys; sys.path.append(sys.argv[2]); from shim.supervisor.boot import main; main()"
+_ENVIRONMENT = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "LC_ALL": "C",
+    # stdio handles blocks of some 100 KiB: by default each would be mapped, faulted in page by page and unmapped again.
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4194304",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +153,7 @@ def _spawn(state: Path, python: Path, runtime_cgroup: str) -> Link:
             stdout=subprocess.DEVNULL,
             stderr=log,
             cwd="/",
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", **_failpoints()},
+            env={**_ENVIRONMENT, **_failpoints()},
             start_new_session=True,
         )
     except OSError as error:

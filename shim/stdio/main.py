@@ -23,7 +23,7 @@ from shim.stdio.framing import Clock, Framer
 from shim.stdio.lock import take_over
 from shim.stdio.logfile import LogFile
 
-READ = 256 * 1024  # bytes per read: stays in the second-level cache, so the copies of framing are cheap
+READ = 128 * 1024  # bytes per read: stays in the second-level cache, so the copies of framing are cheap; what a SIGKILL can cost
 _BUSY = 0.005  # s between two rounds below which a stream counts as busy
 _PAUSE = 0.002  # s for which a busy writer fills its FIFO before it is read again: few large reads instead of many small ones
 _RETRY = 0.25  # s between two tries to write after an error
