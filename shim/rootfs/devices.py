@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from shim.errors import Failure
 from shim.oci.spec import Device
@@ -54,7 +55,8 @@ def node(device: Device, path: str) -> Node:
     return Node(path, kind, mode, number, "", device.uid or 0, device.gid or 0)
 
 
-def dev_tree(devices: Iterable[Device], directories: Iterable[str]) -> tuple[Node, ...]:
+@lru_cache(maxsize=64)
+def dev_tree(devices: tuple[Device, ...], directories: tuple[str, ...]) -> tuple[Node, ...]:
     """Everything in /dev: mount points, default nodes, links, and the devices of the specification, which win over both.
 
     ``directories`` and ``Device.path`` are absolute and below /dev.

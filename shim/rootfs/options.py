@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from shim.linux import mount as m
 
@@ -62,8 +62,10 @@ class Options:
         self.recursive_clear = self.recursive_clear & ~on | off
 
 
-def parse(options: Iterable[str]) -> Options:
-    """Every option is either known here or belongs to the file system: what is left ends up in ``data``."""
+@lru_cache(maxsize=256)
+def parse(options: tuple[str, ...]) -> Options:
+    """Every option is either known here or belongs to the file system: what is left ends up in ``data``. The result is shared between
+    mounts with the same options; nobody changes it."""
     result = Options()
     for option in options:
         if (bits := _ATTRIBUTES.get(option)) is not None:

@@ -6,7 +6,7 @@ Nothing here looks at the machine. ``ops`` executes the list: host paths become 
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
@@ -14,7 +14,8 @@ from typing import TypeAlias
 from shim.errors import Failure
 from shim.linux import mount as m
 from shim.oci.bundle import Recipe
-from shim.oci.spec import Device, IDMapping, Linux, Mount, NamespaceType, Spec
+from shim.oci.spec import Device, IDMapping, Linux, Mount, NamespaceType, Process, Spec
+from shim.oci.spec import Root as SpecRoot
 from shim.rootfs import devices
 from shim.rootfs.devices import Node
 from shim.rootfs.options import PROPAGATION, Options, parse
@@ -155,6 +156,26 @@ def normal(path: str, what: str) -> str:
     return path
 
 
+def warm() -> None:
+    """Plan a usual container a few times: forked children then find the bytecode specialised and the caches filled."""
+    nse = ("nosuid", "noexec", "nodev")
+    private = [("rbind", "rprivate", mode) for mode in ("rw", "ro")]
+    mounts = (
+        Mount("/proc", "proc", "proc", nse),
+        Mount("/dev", "tmpfs", "tmpfs", ("nosuid", "strictatime", "mode=755", "size=65536k")),
+        Mount("/dev/pts", "devpts", "devpts", ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5")),
+        Mount("/dev/mqueue", "mqueue", "mqueue", nse),
+        Mount("/sys", "sysfs", "sysfs", (*nse, "ro")),
+        Mount("/sys/fs/cgroup", "cgroup", "cgroup", (*nse, "relatime", "ro")),
+        Mount("/dev/shm", "bind", SHM, ("rbind",)),
+        *(Mount(f"/bound{i}", "bind", "/x", options) for i, options in enumerate([*private, ("rbind", "rprivate"), ("rbind", "rslave")])),
+    )
+    linux = Linux(masked_paths=("/proc/kcore",), readonly_paths=("/proc/sys",))
+    spec = Spec("1.2.0", SpecRoot("rootfs"), Process(("x",)), mounts=mounts, linux=linux)
+    for version in (1, 2) * 10:
+        plan(spec, Recipe("overlay", ("/l",), "/u", "/w"), cgroup_version=version, cgroup_paths={"cpu": f"{_CGROUP_ROOT}/cpu/x"})
+
+
 class _Builder:
     """One plan in the making."""
 
@@ -237,14 +258,14 @@ class _Builder:
             return ""
         return "/sys" if kind == "sysfs" else "/dev/mqueue"
 
-    def _own_devices(self) -> Iterable[Device]:
-        return (device for device in self.spec.linux.devices if normal(device.path, "device").startswith("/dev/"))
+    def _own_devices(self) -> tuple[Device, ...]:
+        return tuple(device for device in self.spec.linux.devices if normal(device.path, "device").startswith("/dev/"))
 
     def _dev_tree(self) -> tuple[Node, ...]:
         points = [d for d, mount, options in self.mounts if d.startswith("/dev/") and mount.type != "bind" and not options.bind]
         if any(mount.source == SHM for _, mount, _ in self.mounts):
             points.append("/dev/shm")
-        tree = devices.dev_tree(self._own_devices(), points)
+        tree = devices.dev_tree(self._own_devices(), tuple(points))
         if self.mknod:
             return tree
         return tuple(Node(n.path, stat.S_IFREG, 0o666) if _is_device(n) else n for n in tree)

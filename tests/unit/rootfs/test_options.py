@@ -33,7 +33,7 @@ def test_recursive_attributes_are_apart() -> None:
 
 @given(st.lists(st.sampled_from(["ro", "rw", "suid", "nosuid", "noatime", "relatime", "strictatime", "rro", "rrw", "dev", "nodev"])))
 def test_nothing_is_set_and_cleared_at_once(words: list[str]) -> None:
-    options = parse(words)
+    options = parse(tuple(words))
     assert not options.set & options.clear & ~m.MOUNT_ATTR_ATIME
     assert not options.recursive_set & options.recursive_clear & ~m.MOUNT_ATTR_ATIME
 
