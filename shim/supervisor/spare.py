@@ -1,7 +1,8 @@
-"""One child forked ahead of its work, for exec sessions: forking a warm interpreter costs more than the rest of a short exec.
+"""Children forked ahead of their work, for exec sessions: forking a warm interpreter costs as much as the rest of a short exec.
 
-A spare holds none of any container's fds: it is forked before the request is there, and gets them with its orders. There is one, so a
-burst falls back to forking; it is replaced a moment after it has been used, when nobody waits.
+A spare holds none of any container's fds: it is forked before the request is there, and gets them with its orders. Spares are forked a
+few at a time, a moment after one has been used, when nobody waits: each fork write-protects the supervisor's memory, and what it then
+copies back as it goes on is paid once for all of them. A burst that uses them up falls back to forking.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import array
 import json
 import os
 import socket
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +26,8 @@ from shim.runtime.exec import Exec
 from shim.supervisor.children import Children, Job
 
 _MAX_FDS = 8
-_DELAY = 0.003  # s after use until the next one is forked: by then the exit of a short command has been told
+_MANY, _LOW = 4, 1  # fork up to so many when so few are left
+_DELAY = 0.003  # s after use until the next are forked: by then the exit of a short command has been told
 _SAMPLE = b'{"args":["a"],"cwd":"/","env":["A=b"],"user":{"uid":1},"capabilities":{"bounding":["CAP_CHOWN"]},"rlimits":[]}'
 
 
@@ -68,29 +71,30 @@ class Spares:
 
     def __init__(self, children: Children, context: Context) -> None:
         self._children, self._context = children, context
-        self._job: Job | None = None
+        self._jobs: deque[Job] = deque()
         self._coming = False
 
     def prepare(self) -> None:
-        """Fork one soon."""
-        if self._job is None and not self._coming:
+        """See to it that there are some soon."""
+        if len(self._jobs) <= _LOW and not self._coming:
             self._coming = True
             self._children.loop.call_later(_DELAY, self._fork)
 
     def _fork(self) -> None:
         self._coming = False
-        if self._job is None:
-            self._job = self._children.run(Spare(self._context), "spare")
+        while len(self._jobs) < _MANY:
+            self._jobs.append(self._children.run(Spare(self._context), "spare"))
 
     def take(self, group: Group, slot: int, fds: dict[str, int]) -> Job | None:
         """A child that has got orders to be ``Exec`` with these fds by field name; None when there is none ready."""
-        job, self._job = self._job, None
+        while self._jobs:
+            job = self._jobs.popleft()
+            if job.process.ended.done:  # somebody killed it
+                job.close()
+                continue
+            self.prepare()
+            job.title = "exec"
+            job.send({"cgroup": group.to_json(), "slot": slot, "fds": list(fds)}, tuple(fds.values()))
+            return job
         self.prepare()
-        if job is None:
-            return None
-        if job.process.ended.done:
-            job.close()
-            return None
-        job.title = "exec"
-        job.send({"cgroup": group.to_json(), "slot": slot, "fds": list(fds)}, tuple(fds.values()))
-        return job
+        return None
