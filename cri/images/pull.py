@@ -20,6 +20,7 @@ from cri.images.auth import Credentials
 from cri.images.hosts import endpoints
 from cri.images.layer import Layer, fetch
 from cri.images.manifest import Index, Manifest, Platform
+from cri.images.model import config_from_json
 from cri.images.progress import LayerProgress, Phase, Progress
 from cri.images.reference import Reference
 from cri.images.registry import Document, Registry
@@ -184,6 +185,7 @@ class Pulls:
         """The layers by chain id, from now on spared by garbage collection."""
         parsed = manifests.load(config, manifests.CONFIG_LIMIT, "image config")
         _check_platform(parsed, self._platform)
+        config_from_json(parsed)  # what cannot be recorded is not worth downloading
         diffs = manifests.diff_ids(parsed, len(manifest.layers))
         chains = chain_ids(diffs)
         self.keep.update(chains)

@@ -183,7 +183,7 @@ class Unpacker:
         try:
             for directory in directories:
                 opened.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-            for _ in range(200):
+            for _ in range(3000):
                 try:
                     socket.send_fds(self._channel, [message], [*opened, *fds])
                     break

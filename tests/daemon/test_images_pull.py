@@ -96,6 +96,16 @@ async def test_an_image_for_other_machines_is_refused(store: Images, registry: D
         await store.pull(ref)
 
 
+@pytest.mark.parametrize("config", [{"Env": ["A=\0"]}, {"User": "\ud800"}, {"Cmd": "sh"}, {"Labels": {"a": 1}}, {"Volumes": 7}, []])
+async def test_a_config_that_cannot_be_used_is_refused_before_its_layers(store: Images, config: Any) -> None:
+    image = assemble([Layer().file("f", str(config)).finish()], config or {"Entrypoint": {}})
+    with Fake() as fake:
+        fake.add(image, "latest")
+        with pytest.raises(Failure, match=r"read image config: config"):
+            await store.pull(f"{fake.host}/r")
+        assert not any(image.layers[0].digest in path for _, path, _ in fake.seen)
+
+
 async def test_120_layers(store: Images, registry: DockerRegistry) -> None:
     image = images.many_layers(120)
     pulled = await store.pull(registry.push(image, "many"))
