@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from shim.supervisor.restore import Restore
 from shim.supervisor.table import RECORD, RECORD_VERSION, Container, Core, Pod
 
 _LIMIT = 1 << 20  # bytes of a record
+_GROUPS = 8  # per child: two fds each
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -40,14 +42,18 @@ def adopt(core: Core, logs: Logs) -> None:
 
 
 async def watch_groups(core: Core) -> None:
-    """Open the OOM fds of adopted containers, which takes children."""
-    for container in list(core.table.containers.values()):
-        if container.exit is None and container.oom is None and container.group is not None:
-            try:
-                _, fds = await core.children.call(WatchOom(container.group), "watch oom")
-                watch_oom(core, container, [fds[name] for name in sorted(fds)])
-            except Failure as failure:
-                core.log(f"container {container.id}: {failure}")
+    """Open the OOM fds of adopted containers, which takes children: one for several containers."""
+    waiting = [c for c in core.table.containers.values() if c.exit is None and c.oom is None and c.group is not None]
+    for start in range(0, len(waiting), _GROUPS):
+        some = waiting[start : start + _GROUPS]
+        job = WatchOom({c.id: c.group for c in some if c.group is not None})
+        try:
+            _, fds = await core.children.call(job, "watch oom")
+        except Failure as failure:
+            core.log(str(failure))
+            continue
+        for container in some:
+            watch_oom(core, container, [fd for name, fd in fds.items() if name.startswith(container.id)])
 
 
 async def settle(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
@@ -62,15 +68,21 @@ async def settle(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
 
 
 class WatchOom:
-    """A job that opens a group's OOM fds."""
+    """A job that opens groups' OOM fds: names are the container's id and a number. A group that is gone has none."""
 
-    def __init__(self, group: cgroups.Group) -> None:
-        self._group = group
+    def __init__(self, groups: dict[str, cgroups.Group]) -> None:
+        self._groups = groups
         self.keep: Collection[int] = ()
 
     def __call__(self, channel: Channel) -> None:
-        fds = oom.watch(self._group)
-        channel.send({"ok": {"fds": [f"oom{i}" for i in range(len(fds))]}}, fds)
+        fds: dict[str, int] = {}
+        for name, group in self._groups.items():
+            try:
+                fds.update({f"{name} {i}": fd for i, fd in enumerate(oom.watch(group))})
+            except Failure as failure:
+                if failure.errno != errno.ENOENT:
+                    raise
+        channel.send({"ok": {"fds": list(fds)}}, tuple(fds.values()))
 
 
 def _names(core: Core, kind: str) -> list[str]:

@@ -173,10 +173,12 @@ async def remove_cgroup(core: Core, group: cgroups.Group | None, name: str) -> N
 
 
 async def _discard(core: Core, logs: Logs, container: Container) -> None:
+    """Let go of everything that is held of it."""
+    del core.table.containers[container.id]
     unwatch_oom(core, container)
-    await core.loop.within(logs.ask("remove", container.id), 2.0)
-    core.table.containers.pop(container.id, None)
+    removed = logs.ask("remove", container.id)
     container.close()
+    await core.loop.within(removed, 2.0)
 
 
 async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
@@ -247,12 +249,17 @@ async def delete(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     if container is None:
         await _delete_leftovers(core, request.id)
         return {}
+    await core.loop.joined(core.table.deleting, container, lambda: _delete(core, logs, container))
+    return {}
+
+
+async def _delete(core: Core, logs: Logs, container: Container) -> None:
     if container.launch is not None and not container.launch.done:
         if container.job is not None:
             container.job.process.signal(signal.SIGKILL)
         await core.loop.within(container.launch, _DEATH)
-        if request.id not in core.table.containers:
-            return {}
+        if core.table.containers.get(container.id) is not container:
+            return
     await _end(core, logs, container)
     if "poststop" in container.hooks:
         try:
@@ -262,9 +269,7 @@ async def delete(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     if container.group is not None:
         await core.children.call(jobs.RemoveCgroup(container.group), "delete container")
     forget(container.bundle)
-    if core.table.containers.get(container.id) is container:
-        await _discard(core, logs, container)
-    return {}
+    await _discard(core, logs, container)
 
 
 async def _end(core: Core, logs: Logs, container: Container) -> None:

@@ -153,6 +153,16 @@ class Loop:
         """Run a coroutine up to its first wait now, the rest as what it awaits arrives."""
         return Task(self, coroutine)
 
+    async def joined(self, running: dict[Any, Task[T]], key: Any, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run what ``make`` gives, or wait for the one that already runs for ``key``: all get its result or error."""
+        task = running.get(key)
+        if task is None or task.done:
+            task = self.start(make())
+            if not task.done:
+                running[key] = task
+                task.then(lambda: running.pop(key, None))
+        return await task
+
     def future(self) -> Future[Any]:
         return Future(self)
 

@@ -86,7 +86,7 @@ async def delete(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     """End PID 1, remove its cgroup, let go of the namespaces and their pin. Safe to repeat."""
     pod = core.table.pods.get(request.id)
     if pod is not None:
-        await _release(core, pod, quietly=False)
+        await core.loop.joined(core.table.deleting, pod, lambda: _release(core, pod, quietly=False))
     elif _pinned(core, request.id):
         await core.children.call(jobs.Unpin(f"{core.state_path}/netns/{request.id}"), "delete pod")
     return {}

@@ -24,9 +24,11 @@ from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 from shim.runtime.exec import Exec
 from shim.supervisor.children import Children, Job
+from shim.supervisor.loop import Timer
 
 _MAX_FDS = 8
 _MANY, _LOW = 4, 1  # fork up to so many when so few are left
+_QUIET = 1.0  # s
 _DELAY = 0.003  # s after use until the next are forked: by then the exit of a short command has been told
 _SAMPLE = b'{"args":["a"],"cwd":"/","env":["A=b"],"user":{"uid":1},"capabilities":{"bounding":["CAP_CHOWN"]},"rlimits":[]}'
 
@@ -72,16 +74,21 @@ class Spares:
     def __init__(self, children: Children, context: Context) -> None:
         self._children, self._context = children, context
         self._jobs: deque[Job] = deque()
-        self._coming = False
+        self._timer: Timer | None = None
+        self._soon = False
 
     def prepare(self) -> None:
-        """See to it that there are some soon."""
-        if len(self._jobs) <= _LOW and not self._coming:
-            self._coming = True
-            self._children.loop.call_later(_DELAY, self._fork)
+        """See to it that there are enough: soon if few are left, else once it is quiet."""
+        soon = len(self._jobs) <= _LOW
+        if self._timer is not None:
+            if self._soon or not soon:
+                return
+            self._timer.cancel()
+        self._soon = soon
+        self._timer = self._children.loop.call_later(_DELAY if soon else _QUIET, self._fork)
 
     def _fork(self) -> None:
-        self._coming = False
+        self._timer = None
         while len(self._jobs) < _MANY:
             self._jobs.append(self._children.run(Spare(self._context), "spare"))
 

@@ -18,7 +18,7 @@ from shim.linux import path
 from shim.oci.bundle import ExitRecord
 from shim.runtime.context import Context, PodHandles
 from shim.supervisor.children import Children, Job, Process
-from shim.supervisor.loop import Future, Loop
+from shim.supervisor.loop import Future, Loop, Task
 from shim.supervisor.spare import Spares
 
 RECORD = "runtime.json"
@@ -151,6 +151,7 @@ class Table:
         self.pods: dict[str, Pod] = {}
         self.containers: dict[str, Container] = {}
         self.sessions: dict[str, Session] = {}
+        self.deleting: dict[Any, Task[None]] = {}  # by object: a second delete joins the first
 
     def pod(self, name: str) -> Pod:
         pod = self.pods.get(name)

@@ -178,3 +178,78 @@ async def test_orphans_of_host_pid_containers_are_reaped() -> None:
         children = Path(f"/proc/{node.supervisor.pid}/task/{node.supervisor.pid}/children")
         ours = {"cri-shim: stdio", "cri-shim: spare"}
         await until(lambda: {Path(f"/proc/{pid}/comm").read_text().strip() for pid in children.read_text().split()} == ours)
+
+
+async def test_stdin() -> None:
+    async with rig() as node:
+        pod = await node.pod()
+        name = await node.run(pod, "cat")
+        assert (await node.exit(name)).exit_code == 0  # /dev/null
+        name = await node.run(pod, "cat", stdin=True)
+        await asyncio.sleep(0.2)
+        assert name not in node.exits
+        fifo = os.open(node.state / "containers" / name / "stdin", os.O_WRONLY | os.O_NONBLOCK)
+        os.write(fifo, b"typed\n")
+        os.close(fifo)
+        await until(lambda: node.lines(name) == ["typed"])
+
+
+async def test_deletes_at_the_same_time() -> None:
+    async with rig() as node:
+        pod = await node.pod()
+        name = await node.run(pod, "sleep", "1000")
+        other = await node.create(pod, "sleep", "1000")
+        await asyncio.gather(*(node.supervisor.delete_container(n) for n in (name, other) * 4))
+        await asyncio.gather(*(node.supervisor.delete_pod(pod) for _ in range(4)))
+        assert not node.supervisor.snapshot().containers and not node.supervisor.snapshot().pods
+
+
+async def test_delete_during_create() -> None:
+    async with rig() as node:
+        pod = await node.pod()
+        for _ in range(5):
+            creating = asyncio.create_task(node.create(pod, "sleep", "1000"))
+            await asyncio.sleep(0.003)
+            for name in list(node.containers):
+                await node.supervisor.delete_container(name)
+            await asyncio.gather(creating, return_exceptions=True)
+            for name in list(node.containers):
+                await node.remove(name)
+
+
+async def test_exec_when_spares_are_killed() -> None:
+    async with rig() as node:
+        pod = await node.pod()
+        name = await node.run(pod, "sleep", "1000")
+        children = Path(f"/proc/{node.supervisor.pid}/task/{node.supervisor.pid}/children")
+        for pid in children.read_text().split():
+            if Path(f"/proc/{pid}/comm").read_text() == "cri-shim: spare\n":
+                os.kill(int(pid), signal.SIGKILL)
+        for _ in range(3):
+            assert await node.output(name, "echo", "hi") == (0, "hi\n")
+
+
+async def test_nothing_is_leaked() -> None:
+    async with rig() as node:
+        pod = await node.pod()
+
+        async def cycle() -> None:
+            name = await node.run(pod, "sleep", "1000")
+            await asyncio.gather(*(node.output(name, "true") for _ in range(6)))
+            with pytest.raises(Failure):
+                await node.output(name, "missing")
+            await node.remove(name)
+            other = await node.pod()
+            await node.supervisor.delete_pod(other)
+            node.pods.discard(other)
+
+        def fds() -> list[int]:
+            return [len(os.listdir(f"/proc/{pid}/fd")) for pid in (node.supervisor.pid, node.stdio_pid, os.getpid())]
+
+        await cycle()
+        await asyncio.sleep(1.2)  # the spares are complete again
+        before = fds()
+        for _ in range(5):
+            await cycle()
+        await asyncio.sleep(1.2)
+        assert fds() == before
