@@ -26,6 +26,7 @@ from cri.containers.exits import Exits
 from cri.containers.model import Containers
 from cri.dump import dump
 from cri.errors import StartError
+from cri.events import Events
 from cri.images.store import Images
 from cri.network.base import Network
 from cri.node import Node
@@ -34,6 +35,8 @@ from cri.pods.recover import Recovery
 from cri.spec import host
 from cri.spec.inputs import HostFacts
 from cri.state.layout import Layout, boot_id
+from cri.stats.layers import Layers
+from cri.stats.meters import Meters
 from cri.supervisor import Supervisor
 from protos.runtime.v1 import api_pb2 as v1
 from shim import client
@@ -76,6 +79,7 @@ async def _serve(config: Config, link: client.Link) -> None:
         await stop.wait()
         _notify("STOPPING=1")
         log.info("stopping")
+        parts.events.close()
         await listening.stop(GRACE)
         await edge.quiet(GRACE)
         config.socket.unlink(missing_ok=True)
@@ -102,7 +106,12 @@ async def _parts(config: Config, link: client.Link) -> AsyncIterator[tuple[Parts
         stack.callback(containers.flush)
         exits = Exits(containers, supervisor)
         supervisor.on_exit, supervisor.on_oom = exits.reported, exits.out_of_memory
-        parts = Parts(pods, containers, supervisor, images, network, Node.of(config, _host(config)))
+        events = Events()
+        meters = Meters(cgroups.detect(), Layers(images.usage, str(images.root)))
+        stack.callback(meters.close)
+        pods.watchers += events.changed, meters.changed
+        containers.watchers += events.changed, meters.changed
+        parts = Parts(pods, containers, supervisor, images, network, Node.of(config, _host(config)), events, meters)
         yield parts, Recovery(pods, containers, supervisor, network, images, exits)
 
 

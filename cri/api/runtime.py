@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -12,6 +14,7 @@ from cri.containers import create, exec, logs, remove, start, stop, update
 from cri.containers import list as list_containers
 from cri.containers import status as container_status
 from cri.containers.model import Containers
+from cri.events import Events
 from cri.images.store import Images
 from cri.network.base import Network
 from cri.node import Node
@@ -21,6 +24,10 @@ from cri.pods import run
 from cri.pods import status as pod_status
 from cri.pods import stop as stop_pod
 from cri.pods.model import Pods
+from cri.stats import containers as container_stats
+from cri.stats import metrics
+from cri.stats import pods as pod_stats
+from cri.stats.meters import Meters
 from cri.supervisor import Supervisor
 from protos.runtime.v1 import api_pb2 as v1
 from protos.runtime.v1 import api_pb2_grpc
@@ -38,6 +45,8 @@ class Parts:
     images: Images
     network: Network
     node: Node
+    events: Events
+    meters: Meters
 
 
 class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
@@ -130,3 +139,52 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
 
     async def ExecSync(self, request: v1.ExecSyncRequest, context: Context) -> v1.ExecSyncResponse:
         return await exec.exec_sync(request, containers=self._p.containers, supervisor=self._p.supervisor)
+
+    # The verbs of the streaming RPCs are generators: nothing runs until gRPC asks for the first message.
+
+    def StreamPodSandboxes(self, request: v1.StreamPodSandboxesRequest, context: Context) -> AsyncIterator[v1.StreamPodSandboxesResponse]:
+        return list_pods.stream_pods(request.filter, pods=self._p.pods)
+
+    def StreamContainers(self, request: v1.StreamContainersRequest, context: Context) -> AsyncIterator[v1.StreamContainersResponse]:
+        return list_containers.stream_containers(request.filter, containers=self._p.containers, pods=self._p.pods)
+
+    def GetContainerEvents(self, request: v1.GetEventsRequest, context: Context) -> AsyncIterator[v1.ContainerEventResponse]:
+        return self._p.events.stream(partial(context.send_initial_metadata, ()))
+
+    async def ContainerStats(self, request: v1.ContainerStatsRequest, context: Context) -> v1.ContainerStatsResponse:
+        return await container_stats.container_stats(request.container_id, containers=self._p.containers, meters=self._p.meters)
+
+    async def ListContainerStats(self, request: v1.ListContainerStatsRequest, context: Context) -> v1.ListContainerStatsResponse:
+        p = self._p
+        return await container_stats.list_container_stats(request.filter, containers=p.containers, pods=p.pods, meters=p.meters)
+
+    def StreamContainerStats(
+        self, request: v1.StreamContainerStatsRequest, context: Context
+    ) -> AsyncIterator[v1.StreamContainerStatsResponse]:
+        p = self._p
+        return container_stats.stream_container_stats(request.filter, containers=p.containers, pods=p.pods, meters=p.meters)
+
+    async def PodSandboxStats(self, request: v1.PodSandboxStatsRequest, context: Context) -> v1.PodSandboxStatsResponse:
+        p = self._p
+        return await pod_stats.pod_stats(request.pod_sandbox_id, pods=p.pods, meters=p.meters, supervisor=p.supervisor)
+
+    async def ListPodSandboxStats(self, request: v1.ListPodSandboxStatsRequest, context: Context) -> v1.ListPodSandboxStatsResponse:
+        p = self._p
+        return await pod_stats.list_pod_stats(request.filter, pods=p.pods, meters=p.meters, supervisor=p.supervisor)
+
+    def StreamPodSandboxStats(
+        self, request: v1.StreamPodSandboxStatsRequest, context: Context
+    ) -> AsyncIterator[v1.StreamPodSandboxStatsResponse]:
+        p = self._p
+        return pod_stats.stream_pod_stats(request.filter, pods=p.pods, meters=p.meters, supervisor=p.supervisor)
+
+    async def ListMetricDescriptors(self, request: v1.ListMetricDescriptorsRequest, context: Context) -> v1.ListMetricDescriptorsResponse:
+        return metrics.list_descriptors()
+
+    async def ListPodSandboxMetrics(self, request: v1.ListPodSandboxMetricsRequest, context: Context) -> v1.ListPodSandboxMetricsResponse:
+        return await metrics.list_metrics(pods=self._p.pods, meters=self._p.meters, supervisor=self._p.supervisor)
+
+    def StreamPodSandboxMetrics(
+        self, request: v1.StreamPodSandboxMetricsRequest, context: Context
+    ) -> AsyncIterator[v1.StreamPodSandboxMetricsResponse]:
+        return metrics.stream_metrics(pods=self._p.pods, meters=self._p.meters, supervisor=self._p.supervisor)

@@ -1,11 +1,13 @@
-"""ListContainers with all its filters."""
+"""ListContainers and StreamContainers with all their filters."""
 
 from __future__ import annotations
+
+from collections.abc import AsyncIterator
 
 from cri.containers.model import Container, Containers
 from cri.containers.status import listed
 from cri.pods.model import Pods
-from cri.state.listing import labels_match
+from cri.state.listing import labels_match, pages
 from protos.runtime.v1 import api_pb2 as v1
 
 
@@ -18,6 +20,14 @@ def list_containers(question: v1.ContainerFilter, *, containers: Containers, pod
         found = _matching(question, containers, pods)
         answer = containers.lists.put(version, key, v1.ListContainersResponse(containers=[listed(c) for c in found]))
     return answer
+
+
+async def stream_containers(
+    question: v1.ContainerFilter, *, containers: Containers, pods: Pods
+) -> AsyncIterator[v1.StreamContainersResponse]:
+    """The same in several messages."""
+    for page in pages([listed(c) for c in _matching(question, containers, pods)]):
+        yield v1.StreamContainersResponse(containers=page)
 
 
 def _matching(question: v1.ContainerFilter, containers: Containers, pods: Pods) -> list[Container]:

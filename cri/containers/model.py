@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -58,6 +59,7 @@ class Container:
         "process",
         "releasing",
         "removing",
+        "starting",
         "status",
         "stopping",
     )
@@ -71,6 +73,7 @@ class Container:
         self.process: Process | None = None  # of the spec, loaded at the first exec
         self.releasing: asyncio.Task[None] | None = None
         self.removing = False
+        self.starting = False  # StartContainer is waiting for the core
         self.stopping: Stopping | None = None
         self.listed: v1.Container | None = None
         self.status: v1.ContainerStatus | None = None
@@ -124,6 +127,7 @@ class Containers:
         self.store: Store[Container] = Store("container")
         self.operations = Operations("create container")
         self.records = records.Records(layout.container_records, ContainerFacts, v1.ContainerConfig)
+        self.watchers: list[Callable[[Container, v1.ContainerEventType], None]] = []  # called when something has happened
         self._pods = pods
         self._dirty: dict[str, Container] = {}
         self._early: dict[str, ExitRecord] = {}
@@ -141,13 +145,15 @@ class Containers:
     def commit(self, container: Container) -> None:
         """The container exists from now on: its record first, then the tables."""
         self.records.write(container.facts, container.config_json)
-        self.adopt(container)
+        self.adopt(container, new=True)
 
-    def adopt(self, container: Container) -> None:
+    def adopt(self, container: Container, *, new: bool = False) -> None:
         """Enter a container whose record exists."""
         self.store.add(container)
         container.pod.containers[container.id] = container
         self._pods.changed(container.pod)
+        if new:
+            self.tell(container, v1.CONTAINER_CREATED_EVENT)
         early = self._early.pop(container.id, None)
         if early is not None:
             self.exited(container, early)
@@ -194,6 +200,12 @@ class Containers:
         self.store.discard(container)
         container.pod.containers.pop(container.id, None)
         self._pods.changed(container.pod)
+        self.tell(container, v1.CONTAINER_DELETED_EVENT)
+
+    def tell(self, container: Container, event: v1.ContainerEventType) -> None:
+        """Tell the watchers; the container is in its new state."""
+        for watcher in self.watchers:
+            watcher(container, event)
 
     def exit_reported(self, container_id: str, record: ExitRecord) -> Container | None:
         """The supervisor says that a container has ended. One that is still being created is kept for its commit."""
@@ -220,6 +232,8 @@ class Containers:
         if container.stopping is not None:
             container.stopping.wake.set()
         self.save_soon(container)
+        if not container.starting:  # else the start tells it, after its own event
+            self.tell(container, v1.CONTAINER_STOPPED_EVENT)
 
 
 def exit_reason(record: ExitRecord) -> str:

@@ -1,10 +1,12 @@
-"""ListPodSandbox with its filter."""
+"""ListPodSandbox and StreamPodSandboxes with their filter."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 from cri.pods.model import Pod, Pods
 from cri.pods.status import listed
-from cri.state.listing import labels_match
+from cri.state.listing import labels_match, pages
 from protos.runtime.v1 import api_pb2 as v1
 
 
@@ -16,6 +18,12 @@ def list_pods(question: v1.PodSandboxFilter, *, pods: Pods) -> v1.ListPodSandbox
     if answer is None:
         answer = pods.lists.put(version, key, v1.ListPodSandboxResponse(items=[listed(pod) for pod in _matching(question, pods)]))
     return answer
+
+
+async def stream_pods(question: v1.PodSandboxFilter, *, pods: Pods) -> AsyncIterator[v1.StreamPodSandboxesResponse]:
+    """The same in several messages."""
+    for page in pages([listed(pod) for pod in _matching(question, pods)]):
+        yield v1.StreamPodSandboxesResponse(pod_sandboxes=page)
 
 
 def _matching(question: v1.PodSandboxFilter, pods: Pods) -> list[Pod]:

@@ -105,6 +105,7 @@ class Pods:
         self.store: Store[Pod] = Store("sandbox")
         self.operations = Operations("run sandbox")
         self.records = records.Records(layout.pod_records, PodFacts, v1.PodSandboxConfig)
+        self.watchers: list[Callable[[Pod, v1.ContainerEventType], None]] = []  # called when something has happened
 
     def find(self, pod_id: str) -> Pod | None:
         return self.store.get(pod_id)
@@ -120,6 +121,8 @@ class Pods:
         """The pod exists from now on: its record first, then the table."""
         self.records.write(pod.facts, pod.config_json)
         self.store.add(pod)
+        self.tell(pod, v1.CONTAINER_CREATED_EVENT)
+        self.tell(pod, v1.CONTAINER_STARTED_EVENT)
 
     def save(self, pod: Pod) -> None:
         """Write changed facts."""
@@ -134,6 +137,12 @@ class Pods:
     def forget(self, pod: Pod) -> None:
         self.records.remove(pod.id)
         self.store.discard(pod)
+        self.tell(pod, v1.CONTAINER_DELETED_EVENT)
+
+    def tell(self, pod: Pod, event: v1.ContainerEventType) -> None:
+        """Tell the watchers; the pod is in its new state."""
+        for watcher in self.watchers:
+            watcher(pod, event)
 
 
 def now() -> int:

@@ -87,6 +87,7 @@ class Recovery:
             # Its namespaces went with the last boot, or with a supervisor that nobody could follow.
             facts.stopped_at = now()
             self._pods.save(pod)
+            self._pods.tell(pod, v1.CONTAINER_STOPPED_EVENT)
 
     def _reconcile_container(self, container: Container, known: Known | None) -> None:
         facts = container.facts
@@ -108,6 +109,7 @@ class Recovery:
         if known.started_at and not facts.started_at:
             facts.started_at, facts.pid = known.started_at, known.pid
             self._containers.save_soon(container)
+            self._containers.tell(container, v1.CONTAINER_STARTED_EVENT)
 
     def _replaced(self) -> None:
         """``Supervisor.on_replaced``: what the calls that were in flight have done after all, and which pods could not be followed."""

@@ -36,6 +36,7 @@ async def release(pod: Pod, *, pods: Pods, containers: Containers, supervisor: S
     if not facts.stopped_at:
         facts.stopped_at = now()
         pods.save(pod)
+        pods.tell(pod, v1.CONTAINER_STOPPED_EVENT)
     failpoints.hit("stop sandbox", "network")
     if facts.netns_path:
         await network.teardown(pod.network(partial(supervisor.pod_netlink, pod.id)))

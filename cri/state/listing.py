@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, Generic, TypeVar
 
+from google.protobuf.message import Message
+
 T = TypeVar("T")
+M = TypeVar("M", bound=Message)
 
 _QUESTIONS: Final = 32
+_PAGE: Final = 1 << 20  # bytes in one message of a stream; a message may have 16 MiB
 
 
 class ListCache(Generic[T]):
@@ -33,3 +37,17 @@ class ListCache(Generic[T]):
 def labels_match(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     """Whether every label of the selector is there with that value."""
     return all(key in labels and labels[key] == value for key, value in selector.items())
+
+
+def pages(items: Iterable[M]) -> Iterator[list[M]]:
+    """A list in pieces for the streaming RPCs; none is empty. Labels and annotations decide how large an item is, so bytes are counted."""
+    page: list[M] = []
+    size = 0
+    for item in items:
+        page.append(item)
+        size += item.ByteSize()
+        if size >= _PAGE:
+            yield page
+            page, size = [], 0
+    if page:
+        yield page

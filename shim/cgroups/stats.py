@@ -55,11 +55,14 @@ class Memory:
     rss: int = 0
     cache: int = 0
     mapped: int = 0
+    kernel: int = 0
     page_faults: int = 0
     major_page_faults: int = 0
     peak: int = 0
     failures: int = 0
+    oom_kills: int = 0
     limit: int | None = None
+    reservation: int | None = None
     swap: int | None = None
     swap_limit: int | None = None
     stall: Stall | None = None
@@ -147,17 +150,21 @@ def _memory_v2(top: str) -> Memory:
     stat = _table(files.read(f"{top}/memory.stat"))
     usage = int(files.read(f"{top}/memory.current"))
     swap = _optional(f"{top}/memory.swap.current")
+    events = _table(files.read(f"{top}/memory.events"))
     return Memory(
         usage=usage,
         working_set=max(usage - stat.get("inactive_file", 0), 0),
         rss=stat.get("anon", 0),
         cache=stat.get("file", 0),
         mapped=stat.get("file_mapped", 0),
+        kernel=stat.get("kernel", 0),
         page_faults=stat.get("pgfault", 0),
         major_page_faults=stat.get("pgmajfault", 0),
         peak=int(_optional(f"{top}/memory.peak") or 0),
-        failures=_table(files.read(f"{top}/memory.events")).get("max", 0),
+        failures=events.get("max", 0),
+        oom_kills=events.get("oom_kill", 0),
         limit=_limit(files.read(f"{top}/memory.max")),
+        reservation=_limit(_optional(f"{top}/memory.low")) or None,
         swap=int(swap) if swap else None,
         swap_limit=_limit(_optional(f"{top}/memory.swap.max")),
         stall=pressure(_optional(f"{top}/memory.pressure")),
@@ -237,11 +244,14 @@ def _memory_v1(top: str) -> Memory:
         rss=stat.get("total_rss", 0),
         cache=stat.get("total_cache", 0),
         mapped=stat.get("total_mapped_file", 0),
+        kernel=int(_optional(f"{top}/memory.kmem.usage_in_bytes") or 0),
         page_faults=stat.get("total_pgfault", 0),
         major_page_faults=stat.get("total_pgmajfault", 0),
         peak=int(files.read(f"{top}/memory.max_usage_in_bytes")),
         failures=int(files.read(f"{top}/memory.failcnt")),
+        oom_kills=_table(files.read(f"{top}/memory.oom_control")).get("oom_kill", 0),
         limit=limit,
+        reservation=_limit(_optional(f"{top}/memory.soft_limit_in_bytes")),
         swap=stat.get("total_swap") if both else None,
         swap_limit=both_limit - limit if both_limit is not None and limit is not None else None,
     )
