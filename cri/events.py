@@ -7,6 +7,7 @@ subscribes lists first, and lists again after the stream has ended.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
@@ -18,25 +19,31 @@ from cri.pods.model import Pod
 from cri.pods.status import pod_status
 from protos.runtime.v1 import api_pb2 as v1
 
-# Events that wait for one subscriber: a node full of pods starts with fewer, and each is some KB, shared by all subscribers.
+# What may wait for one subscriber. A node full of pods starts with less; an event has some KB, or as much as a pod's annotations.
 WAITING: Final = 1024
+WAITING_BYTES: Final = 16 << 20
+
+log = logging.getLogger("cri.events")
 
 
 class Subscription:
     """One client's events that have not been sent yet."""
 
-    __slots__ = ("_error", "_waiting", "_wake")
+    __slots__ = ("_error", "_size", "_waiting", "_wake")
 
     def __init__(self) -> None:
         self._waiting: list[v1.ContainerEventResponse] = []
+        self._size = 0
         self._wake = asyncio.Event()
         self._error: Exception | None = None
 
-    def put(self, event: v1.ContainerEventResponse) -> bool:
-        """False if the client does not keep up: it is told so, and gets nothing more."""
-        if len(self._waiting) >= WAITING:
+    def put(self, event: v1.ContainerEventResponse, size: int) -> bool:
+        """False if the client does not keep up: as soon as it reads on it is told so, and nothing else. ``size`` in bytes."""
+        count, self._size = len(self._waiting), self._size + size
+        if count >= WAITING or (count and self._size > WAITING_BYTES):
             self._waiting.clear()
-            self.end(ResourceExhausted(f"{WAITING} events wait for this client, which is too slow", hint="list, and subscribe again"))
+            self.end(ResourceExhausted(f"{count} events waited for this client, which is too slow", hint="list, and subscribe again"))
+            log.warning("a subscriber is dropped: %d events wait for it", count)
             return False
         self._waiting.append(event)
         self._wake.set()
@@ -54,7 +61,7 @@ class Subscription:
                 raise self._error
             self._wake.clear()
             await self._wake.wait()
-        events, self._waiting = self._waiting, []
+        events, self._waiting, self._size = self._waiting, [], 0
         return events
 
 
@@ -80,7 +87,8 @@ class Events:
             pod_sandbox_status=pod_status(pod),
             containers_statuses=[container_status(container) for container in pod.containers.values()],
         )
-        self._subscriptions = {each for each in self._subscriptions if each.put(event)}
+        size = event.ByteSize()
+        self._subscriptions = {each for each in self._subscriptions if each.put(event, size)}
 
     async def stream(self, ready: Callable[[], Awaitable[None]]) -> AsyncIterator[v1.ContainerEventResponse]:
         """Events from now on; ``ready`` is awaited once nothing can be missed any more. Ends only with an error: Unavailable when the

@@ -171,7 +171,8 @@ class _Call:
 
 
 def _status(error: BaseException) -> tuple[str, str]:
-    return ("CANCELLED", "cancelled") if isinstance(error, asyncio.CancelledError) else status_of(error)
+    # GeneratorExit: a stream whose client has gone while a message was on its way to it.
+    return ("CANCELLED", "cancelled") if isinstance(error, (asyncio.CancelledError, GeneratorExit)) else status_of(error)
 
 
 async def _abort(context: Context, code: str, text: str, error: BaseException) -> NoReturn:
