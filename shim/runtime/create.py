@@ -50,6 +50,7 @@ class Container:
         return fds if self.target is None else fds | {self.target}
 
     def __call__(self, channel: Channel) -> None:
+        launch.die_with_supervisor()
         proc = None if self.target is None else namespaces.proc_of(self.target)  # before the heap holds any secret
         spec, recipe = bundles.load_spec(self.bundle), bundles.load_recipe(self.bundle)
         validate.validate(spec)

@@ -17,7 +17,7 @@ from shim.errors import Failure
 from shim.linux import libc
 from shim.oci import codec
 from shim.oci.spec import Process
-from shim.runtime import inside, kept
+from shim.runtime import inside, kept, launch
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 from shim.runtime.final import Final, start_clean
@@ -49,6 +49,7 @@ class Exec:
         return fds | {fd for fd in (self.stdin, self.stdout, self.stderr) if fd is not None}
 
     def __call__(self, channel: Channel) -> None:
+        launch.die_with_supervisor()
         process = codec.decode(Process, wire.read_payload(self.payload))
         if not process.args:
             raise Failure("exec", message="no command", path="process.args")

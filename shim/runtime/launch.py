@@ -38,6 +38,8 @@ def spawn(job: Job, *, title: str, cgroup: int | None = None) -> Child:
 
     Raises OSError from clone3, for example EBUSY where ``cgroup`` may not hold processes.
     """
+    global _parent
+    _parent = os.getpid()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
@@ -52,6 +54,19 @@ def spawn(job: Job, *, title: str, cgroup: int | None = None) -> Child:
         theirs.close()
     ours.setblocking(False)
     return Child(pid, pidfd, ours)
+
+
+_parent = 0  # pid of the process that spawns, as its children must still find it
+
+
+def die_with_supervisor() -> None:
+    """For a job whose result nobody could take over: SIGKILL when the supervisor dies, also if it has died already.
+
+    Forked children do not inherit this (prctl(2)), so a container's init outlives us both.
+    """
+    process.set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != _parent:
+        os._exit(1)
 
 
 def run_child(job: Job, channel: Channel, title: str) -> NoReturn:

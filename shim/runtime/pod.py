@@ -19,7 +19,7 @@ from shim.oci import bundle as bundles
 from shim.oci import validate
 from shim.oci.sandbox import Sandbox
 from shim.oci.spec import NamespaceType
-from shim.runtime import pid1, sysctl
+from shim.runtime import launch, pid1, sysctl
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 
@@ -45,6 +45,7 @@ class Pod:
         return {self.directory, *self.context.fds()}
 
     def __call__(self, channel: Channel) -> None:
+        launch.die_with_supervisor()
         sandbox = bundles.load_sandbox(self.directory)
         validate.validate_sandbox(sandbox)
         if NamespaceType.USER in sandbox.namespaces or sandbox.uid_mappings:

@@ -13,15 +13,12 @@ from typing import Any
 
 from shim import cgroups
 from shim.cgroups import oom
-from shim.cgroups.group import checked_path
-from shim.cgroups.layout import Layout
 from shim.errors import Failure
 from shim.linux import process as processes
-from shim.oci import bundle as bundles
 from shim.oci.bundle import ExitRecord
 from shim.runtime import create as creating
 from shim.runtime import hooks, jobs
-from shim.supervisor import exits
+from shim.supervisor import exits, leftovers
 from shim.supervisor.children import Failed, Process
 from shim.supervisor.logs import Logs
 from shim.supervisor.loop import OOM
@@ -247,7 +244,7 @@ async def delete(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     """Kill it if it lives, release all it had. Safe to repeat, and for a container that was never known."""
     container = core.table.containers.get(request.id)
     if container is None:
-        await _delete_leftovers(core, request.id)
+        await leftovers.release(core, "containers", request.id)
         return {}
     await core.loop.joined(core.table.deleting, container, lambda: _delete(core, logs, container))
     return {}
@@ -288,48 +285,6 @@ async def _end(core: Core, logs: Logs, container: Container) -> None:
         if container.slot is not None:
             core.children.release_slot(container.slot)
             container.slot = None
-
-
-async def _delete_leftovers(core: Core, name: str) -> None:
-    """A container that died with an earlier supervisor in the middle of its creation: all it can have left is its cgroup."""
-    try:
-        bundle = os.open(f"containers/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=core.state)
-    except FileNotFoundError:
-        return
-    try:
-        await core.children.call(Leftovers(core, bundle), "delete container")
-        forget(bundle)
-    finally:
-        os.close(bundle)
-
-
-def group_at(layout: Layout, where: str) -> cgroups.Group:
-    """The group that ``cgroups.create`` makes at a path of the cgroupfs driver, whether or not it exists."""
-    path = checked_path(where)
-    if layout.version == 2:
-        return cgroups.Group(2, path, {"": layout.root + path})
-    return cgroups.Group(1, path, {controller: mount + path for controller, mount in layout.controllers.items()})
-
-
-class Leftovers:
-    """A job: find the cgroup that a bundle names, kill what is in it and remove it."""
-
-    def __init__(self, core: Core, bundle: int) -> None:
-        self._layout, self._bundle = core.context.layout, bundle
-        self.keep = (bundle,)
-
-    def __call__(self, channel: Any) -> None:
-        try:
-            where = bundles.load_spec(self._bundle).linux.cgroups_path
-        except Failure as failure:
-            if failure.errno != errno.ENOENT:
-                raise
-            where = ""
-        if where:
-            group = group_at(self._layout, where)
-            cgroups.kill(group)
-            cgroups.remove(group)
-        channel.send({"ok": {}})
 
 
 async def update(core: Core, logs: Logs, request: Request) -> dict[str, Any]:

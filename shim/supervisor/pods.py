@@ -11,6 +11,7 @@ from shim.errors import Failure
 from shim.linux import process as processes
 from shim.runtime import jobs
 from shim.runtime import pod as making
+from shim.supervisor import leftovers
 from shim.supervisor.children import Failed
 from shim.supervisor.logs import Logs
 from shim.supervisor.request import Request
@@ -87,8 +88,10 @@ async def delete(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     pod = core.table.pods.get(request.id)
     if pod is not None:
         await core.loop.joined(core.table.deleting, pod, lambda: _release(core, pod, quietly=False))
-    elif _pinned(core, request.id):
-        await core.children.call(jobs.Unpin(f"{core.state_path}/netns/{request.id}"), "delete pod")
+    else:
+        await leftovers.release(core, "pods", request.id)
+        if _pinned(core, request.id):
+            await core.children.call(jobs.Unpin(f"{core.state_path}/netns/{request.id}"), "delete pod")
     return {}
 
 

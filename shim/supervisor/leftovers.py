@@ -1,0 +1,63 @@
+"""What died with an earlier supervisor in the middle of its creation, found again by what its directory says it wanted.
+
+Its stage1 died with that supervisor (``launch.die_with_supervisor``), so all it can have left is a cgroup with processes nobody knows:
+a container's init that found nobody to tell, or the PID 1 of a pod.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+from shim import cgroups
+from shim.cgroups.group import checked_path
+from shim.cgroups.layout import Layout
+from shim.errors import Failure
+from shim.oci import bundle as bundles
+from shim.supervisor.table import Core, forget
+
+
+async def release(core: Core, kind: str, name: str) -> None:
+    """Kill and remove the cgroup of the unknown pod or container ``name`` (``kind``: "pods", "containers"), if it has a directory."""
+    try:
+        directory = os.open(f"{kind}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=core.state)
+    except FileNotFoundError:
+        return
+    try:
+        await core.children.call(Leftovers(core.context.layout, kind, directory), "delete leftovers")
+        forget(directory)
+    finally:
+        os.close(directory)
+
+
+def group_at(layout: Layout, where: str) -> cgroups.Group:
+    """The group that ``cgroups.create`` makes at a path of the cgroupfs driver, whether or not it exists."""
+    path = checked_path(where)
+    if layout.version == 2:
+        return cgroups.Group(2, path, {"": layout.root + path})
+    return cgroups.Group(1, path, {controller: mount + path for controller, mount in layout.controllers.items()})
+
+
+class Leftovers:
+    """A job: find the cgroup that a directory names, kill what is in it and remove it."""
+
+    def __init__(self, layout: Layout, kind: str, directory: int) -> None:
+        self._layout, self._kind, self._directory = layout, kind, directory
+        self.keep = (directory,)
+
+    def __call__(self, channel: Any) -> None:
+        try:
+            if self._kind == "pods":
+                where = bundles.load_sandbox(self._directory).cgroups_path
+            else:
+                where = bundles.load_spec(self._directory).linux.cgroups_path
+        except Failure as failure:
+            if failure.errno != errno.ENOENT:
+                raise
+            where = ""
+        if where:
+            group = group_at(self._layout, where)
+            cgroups.kill(group)
+            cgroups.remove(group)
+        channel.send({"ok": {}})
