@@ -52,14 +52,14 @@ class Layers:
 
     async def first(self, containers: Iterable[Container]) -> None:
         """Wait a moment for those of which nothing is known yet."""
-        unknown = {container.id for container in containers} - self._known.keys()
+        unknown = dict.fromkeys(container.id for container in containers if container.id not in self._known)
         if not unknown:
             return
         for container_id in unknown:
             self._want(container_id)
         try:
             async with asyncio.timeout(_FIRST):
-                while unknown & self._waiting.keys():
+                while unknown.keys() & self._waiting.keys():
                     await self._progress.wait()
         except TimeoutError:
             return
