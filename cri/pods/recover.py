@@ -173,6 +173,8 @@ class Recovery:
         try:
             data = (self._layout.pod(pod_id) / INTENT).read_bytes()
             facts, config, raw = records.parse(records.decoder_for(PodFacts), data, v1.PodSandboxConfig())
+        except FileNotFoundError:  # in the host's network, or cut short before it was written
+            return PodNetwork(pod_id=pod_id, netns_path=str(self._layout.netns(pod_id)))
         except (OSError, *records.UNREADABLE) as e:
             log.warning("sandbox %s: intent cannot be read (%s); released by its id", pod_id, e)
             return PodNetwork(pod_id=pod_id, netns_path=str(self._layout.netns(pod_id)))

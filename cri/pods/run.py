@@ -99,7 +99,8 @@ def write_directory(directory: Path, pod: Pod, host: HostFacts) -> None:
     os.mkdir(directory, 0o700)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        records.write_file(fd, INTENT, records.encode(pod.facts, pod.config_json))
+        if pod.facts.netns_path:  # torn, it still does: its network is then released by the id alone
+            _write(fd, INTENT, records.encode(pod.facts, pod.config_json), 0o600)
         for name, data in files.render(pod.config, host).items():
             _write(fd, name, data)
     finally:
@@ -116,12 +117,14 @@ def _write_hosts(directory: Path, pod: Pod, host: HostFacts) -> None:
         os.close(fd)
 
 
-def _write(dirfd: int, name: str, data: bytes) -> None:
-    # 0644: it becomes a file in containers whose user is not root.
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644, dir_fd=dirfd)
+def _write(dirfd: int, name: str, data: bytes, mode: int = 0o644) -> None:
+    # 0644 whatever the umask: it becomes a file in containers whose user is not root.
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode, dir_fd=dirfd)
     try:
-        os.fchmod(fd, 0o644)
-        os.write(fd, data)
+        os.fchmod(fd, mode)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
     finally:
         os.close(fd)
 
