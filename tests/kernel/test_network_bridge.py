@@ -328,4 +328,4 @@ def test_setup_is_quick(world: World) -> None:
     world.use(body, subnets=SUBNETS[:1])
     medians = {name: round(statistics.median(values), 2) for name, values in times.items()}
     print(medians)
-    assert medians["setup"] < 15  # 3 ms on an idle machine; this one is shared
+    assert medians["setup"] < 50  # 2.2 ms on an idle machine; a shared one must not make this fail
