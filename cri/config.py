@@ -74,11 +74,18 @@ class Cni(Section, frozen=True):
     conf_dir: str = "/etc/cni/net.d"
     bin_dirs: tuple[str, ...] = ("/opt/cni/bin", "/usr/lib/cni")
     native_plugins: tuple[str, ...] = ()
+    #: Of one execution of a plugin.
     timeout: Seconds = Seconds(60)
+    #: A file in Go's template language from which a configuration is made when the kubelet tells the pod CIDR, if there is none yet.
+    conf_template: str = ""
 
     def __post_init__(self) -> None:
-        for path in (self.conf_dir, *self.bin_dirs):
+        for path in (self.conf_dir, *self.bin_dirs, *filter(None, (self.conf_template,))):
             _absolute(path)
+        if not self.bin_dirs or any(":" in path for path in self.bin_dirs):
+            raise ValueError("bin_dirs: at least one directory, without ':' in its path")
+        if self.timeout < 1:
+            raise ValueError("timeout: at least one second")
 
 
 class Network(Section, frozen=True):

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 from cri import startup
@@ -30,13 +31,14 @@ from cri.events import Events
 from cri.images.store import Images
 from cri.network.base import Network
 from cri.node import Node
-from cri.pods.model import Pods
+from cri.pods.model import Pod, Pods
 from cri.pods.recover import Recovery
 from cri.spec import host
 from cri.spec.inputs import HostFacts
 from cri.state.layout import Layout, boot_id
 from cri.stats.layers import Layers
 from cri.stats.meters import Meters
+from cri.streaming.server import Server as StreamingServer
 from cri.supervisor import Supervisor
 from protos.runtime.v1 import api_pb2 as v1
 from shim import client
@@ -111,8 +113,18 @@ async def _parts(config: Config, link: client.Link) -> AsyncIterator[tuple[Parts
         stack.callback(meters.close)
         pods.watchers += events.changed, meters.changed
         containers.watchers += events.changed, meters.changed
-        parts = Parts(pods, containers, supervisor, images, network, Node.of(config, _host(config)), events, meters)
+        streaming = StreamingServer(config.streaming)
+        await streaming.start()
+        stack.push_async_callback(streaming.close)
+        pods.watchers.append(partial(_end_streams, streaming))
+        parts = Parts(pods, containers, supervisor, images, network, Node.of(config, _host(config)), events, meters, streaming)
         yield parts, Recovery(pods, containers, supervisor, network, images, exits)
+
+
+def _end_streams(streaming: StreamingServer, pod: Pod, event: v1.ContainerEventType) -> None:
+    """A port-forward holds sockets in the pod's network namespace, which would outlive the pod with them."""
+    if event in (v1.CONTAINER_STOPPED_EVENT, v1.CONTAINER_DELETED_EVENT):
+        streaming.end(pod.id)
 
 
 def _host(config: Config) -> HostFacts:
@@ -132,9 +144,9 @@ def _network(config: Config, layout: Layout) -> Network:
         from cri.network.bridge import BridgeNetwork
 
         return BridgeNetwork(layout.root / "network", subnets=config.network.subnets, boot_id=boot_id())
-    from cri.network.absent import AbsentNetwork
+    from cri.network.cni.network import CniNetwork
 
-    return AbsentNetwork('CNI is not built in this version; set mode = "bridge" under [network]')
+    return CniNetwork(layout.root / "network", config.network.cni)
 
 
 def _edge(config: Config) -> Edge:
