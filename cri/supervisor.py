@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,14 @@ class Supervisor:
         """A new rtnetlink socket in the pod's network namespace, the caller's to close."""
         _, fds = await self._call("pod.netlink", id=pod_id)
         return fds["netlink"]
+
+    async def pod_sockets(self, pod_id: str) -> list[socket.socket]:
+        """TCP sockets, not connected, in the pod's network namespace: some of each address family, the caller's to close."""
+        _, fds = await self._call("pod.sockets", id=pod_id)
+        made = [socket.socket(fileno=fd) for fd in fds.values()]
+        for sock in made:
+            sock.setblocking(False)
+        return made
 
     async def delete_pod(self, pod_id: str) -> None:
         """Idempotent."""

@@ -243,6 +243,7 @@ OPERATIONS: dict[str, Operation] = {
     "pod.adopt": Operation({"id": str, "names": list}, {"pid": int}, fds=(0, MAX_FDS), repeatable=True),
     "pod.handles": Operation(_ID, repeatable=True),
     "pod.netlink": Operation(_ID, repeatable=True),
+    "pod.sockets": Operation(_ID, repeatable=True),
     "pod.delete": Operation(_ID, repeatable=True),
     "container.create": Operation(
         {"id": str, "pod": str, "tty": bool, "stdin": bool, "stdin_once": bool, "log_path": str}, {"target": str}, fds=(1, 1)

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from cri import node
-from cri.containers import create, exec, logs, remove, start, stop, update
+from cri.containers import create, exec, exec_session, logs, remove, start, stop, update
 from cri.containers import list as list_containers
 from cri.containers import status as container_status
 from cri.containers.model import Containers
@@ -19,8 +19,8 @@ from cri.images.store import Images
 from cri.network.base import Network
 from cri.node import Node
 from cri.pods import list as list_pods
+from cri.pods import portforward, run
 from cri.pods import remove as remove_pod
-from cri.pods import run
 from cri.pods import status as pod_status
 from cri.pods import stop as stop_pod
 from cri.pods.model import Pods
@@ -28,6 +28,7 @@ from cri.stats import containers as container_stats
 from cri.stats import metrics
 from cri.stats import pods as pod_stats
 from cri.stats.meters import Meters
+from cri.streaming.server import Server
 from cri.supervisor import Supervisor
 from protos.runtime.v1 import api_pb2 as v1
 from protos.runtime.v1 import api_pb2_grpc
@@ -47,6 +48,7 @@ class Parts:
     node: Node
     events: Events
     meters: Meters
+    streaming: Server
 
 
 class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
@@ -139,6 +141,14 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
 
     async def ExecSync(self, request: v1.ExecSyncRequest, context: Context) -> v1.ExecSyncResponse:
         return await exec.exec_sync(request, containers=self._p.containers, supervisor=self._p.supervisor)
+
+    async def Exec(self, request: v1.ExecRequest, context: Context) -> v1.ExecResponse:
+        p = self._p
+        return exec_session.open_exec(request, containers=p.containers, supervisor=p.supervisor, streaming=p.streaming)
+
+    async def PortForward(self, request: v1.PortForwardRequest, context: Context) -> v1.PortForwardResponse:
+        p = self._p
+        return portforward.open_port_forward(request, pods=p.pods, supervisor=p.supervisor, streaming=p.streaming)
 
     # The verbs of the streaming RPCs are generators: nothing runs until gRPC asks for the first message.
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from cri.streaming.pump import FdSink, FdSource, half_close
 from cri.streaming.remotecommand import STREAM_TYPE
@@ -20,17 +20,26 @@ PROTOCOL: Final = "portforward.k8s.io"
 PAIR_TIMEOUT: Final = 30.0  # s for the second stream of a pair
 MAX_PAIRS: Final = 1000
 
-#: A connected, non-blocking socket to a port of the pod. Raises OSError or Failure.
-Connect = Callable[[int], Awaitable[socket.socket]]
+
+class Connector(Protocol):
+    """Connections to the ports of one pod."""
+
+    async def connect(self, port: int) -> socket.socket:
+        """A connected, non-blocking socket, the caller's. Raises what the client is told."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it keeps."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """A port-forward that a token stands for. ``close`` gives back what ``connect`` keeps."""
+    """A port-forward that a token stands for."""
 
     owner: str  # pod id
     ports: tuple[int, ...]
-    open: Callable[[], tuple[Connect, Callable[[], None]]]
+    connector: Callable[[], Connector]
     path: str = "portforward"
 
 
@@ -51,9 +60,9 @@ class _Pair:
 class Forwarder:
     """The connections of one session."""
 
-    def __init__(self, connect: Connect, describe: Callable[[Exception], str]) -> None:
+    def __init__(self, connector: Connector, describe: Callable[[Exception], str]) -> None:
         self._loop = asyncio.get_running_loop()
-        self._connect, self._describe = connect, describe
+        self._connector, self._describe = connector, describe
         self._pairs: dict[str, _Pair] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -90,7 +99,7 @@ class Forwarder:
 
     async def _forward(self, port: int, data: Stream, error: Stream) -> None:
         try:
-            sock = await self._connect(port)
+            sock = await self._connector.connect(port)
         except Exception as problem:
             error.write(f"error forwarding port {port} to pod: {self._describe(problem)}".encode())
             error.end()
@@ -112,6 +121,7 @@ class Forwarder:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        self._connector.close()
 
 
 class Relay:

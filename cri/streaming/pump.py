@@ -25,6 +25,7 @@ class FdSource:
         self._fd, self._stream, self._done, self._end = fd, stream, done, end
         self._watching = False
         self.open = True
+        self.over: asyncio.Future[None] = self._loop.create_future()
         self.broken = False  # it ended with an error: the other side of a socket was rude
         self.active = self._loop.time()  # when it last got something, or was held up
         stream.session.sources.add(self)
@@ -76,6 +77,7 @@ class FdSource:
             self._stream.session.sources.discard(self)
             if self._end:
                 self._stream.end()
+            self.over.set_result(None)
             self._done()
 
 

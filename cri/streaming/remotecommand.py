@@ -220,6 +220,9 @@ async def serve(
         (given.stdout or given.stderr or error).write(b"")
     try:
         status = exit_status(await command.run(given))
+    except asyncio.CancelledError:
+        session.close()
+        raise
     except Exception as problem:
         status = failure_status(f"{command.failure}: {describe(problem)}")
     for stream in (given.stdout, given.stderr):

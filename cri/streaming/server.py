@@ -9,7 +9,7 @@ import ipaddress
 import logging
 import socket
 import ssl
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from functools import partial
 from typing import Any, Final, TypeAlias
 
@@ -83,13 +83,10 @@ class Server:
             raise ResourceExhausted(f"{subject.owner} has {MAX_SESSIONS} streaming sessions")
         return f"{self._base}/{subject.path}/{self._tokens.issue(subject)}"
 
-    async def end(self, owner: str) -> None:
+    def end(self, owner: str) -> None:
         """End what a container or pod has."""
-        tasks = self._sessions.get(owner, set()).copy()
-        for task in tasks:
+        for task in list(self._sessions.get(owner, ())):
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=2)
 
     # ---- for connections
 
@@ -180,8 +177,8 @@ class Connection(asyncio.Protocol):
             transport.close()
             return
         self._exchange = None
-        if exchange.rest and self._session is not None:
-            self._session.received(exchange.rest)
+        if exchange.rest:
+            self.data_received(exchange.rest)
 
     def eof_received(self) -> None:
         return  # close: nobody half-closes the connection itself
@@ -266,10 +263,9 @@ class Connection(asyncio.Protocol):
         return session
 
     def _forward(self, transport: asyncio.Transport, subject: Forward, tunnel: websocket.Tunnel | None) -> Session:
-        connect, release = subject.open()
-        forwarder = Forwarder(connect, describe)
+        forwarder = Forwarder(subject.connector(), describe)
         session = SpdySession(transport, forwarder.opened, tunnel)
-        self._server.run(subject.owner, _forwarding(session, forwarder, release))
+        self._server.run(subject.owner, portforward.serve(session, forwarder))
         return session
 
     def _forward_channels(
@@ -284,11 +280,10 @@ class Connection(asyncio.Protocol):
         if not 0 < len(ports) <= MAX_PORTS or 0 in ports:
             raise BadRequest(400, "a port-forward over WebSocket names its ports")
         transport.write(exchange.switch("websocket", headers))
-        connect, release = subject.open()
-        forwarder = Forwarder(connect, describe)
+        forwarder = Forwarder(subject.connector(), describe)
         session = ChannelSession(transport, websocket.DIALECTS[protocol], list(range(2 * len(ports))))
         portforward.serve_channels(session, ports, forwarder)
-        self._server.run(subject.owner, _forwarding(session, forwarder, release))
+        self._server.run(subject.owner, portforward.serve(session, forwarder))
         return session
 
 
@@ -309,13 +304,6 @@ async def _when_ready(session: SpdySession, expected: Expected, command: Command
         session.abort()
         return
     await remotecommand.serve(session, expected.streams, command, as_json=as_json, describe=describe)
-
-
-async def _forwarding(session: Session, forwarder: Forwarder, release: Callable[[], None]) -> None:
-    try:
-        await portforward.serve(session, forwarder)
-    finally:
-        release()
 
 
 def keep_alive(transport: asyncio.Transport) -> None:

@@ -18,6 +18,7 @@ from shim.supervisor.request import Request
 from shim.supervisor.table import Core, Pod, forget, save
 
 _DEATH = 10.0  # s
+_SOCKETS = 8  # of each address family: what one message of a child carries
 
 
 async def create(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
@@ -79,6 +80,16 @@ async def netlink(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     if "network" not in pod.fds:
         raise Failure("netlink", path=request.id, message="the pod has no network namespace of its own")
     _, fds = await core.children.call(jobs.Netlink(pod.fds["network"]), "netlink")
+    request.given.update(fds)
+    return {}
+
+
+async def sockets(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """TCP sockets inside the pod's network namespace, for port-forward to connect."""
+    pod = core.table.pod(request.id)
+    if "network" not in pod.fds:
+        raise Failure("sockets", path=request.id, message="the pod has no network namespace of its own")
+    _, fds = await core.children.call(jobs.Sockets(pod.fds["network"], _SOCKETS), "sockets")
     request.given.update(fds)
     return {}
 

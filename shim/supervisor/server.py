@@ -111,6 +111,7 @@ HANDLERS: dict[str, Handler] = {
     "pod.adopt": pods.adopt,
     "pod.handles": pods.handles,
     "pod.netlink": pods.netlink,
+    "pod.sockets": pods.sockets,
     "pod.delete": pods.delete,
     "container.create": containers.create,
     "container.start": containers.start,
