@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Final, NamedTuple
 
@@ -60,6 +61,7 @@ class Meters:
     def __init__(self, layout: Layout, layers: Layers) -> None:
         self.layout = layout
         self.layers = layers
+        self.scraping = asyncio.Lock()  # one at a time, as each takes a thread of the few that there are
         self._budget = Budget()
         self._meters: dict[str, Meter] = {}
 
@@ -81,8 +83,8 @@ class Meters:
     def pod(self, pod: Pod) -> Reading | None:
         """A sample of the group that the kubelet made for the pod; None if there is none."""
         path = pod.config.linux.cgroup_parent
-        if not path or not pod.facts.created_at or pod.facts.stopped_at:
-            return None
+        if not path.strip("/.") or not pod.facts.created_at or pod.facts.stopped_at:
+            return None  # "/" is a parent too, but not the pod's
         meter = self._meters.get(pod.id)
         if meter is None:
             meter = self._meters[pod.id] = Meter(groups.parent(self.layout, path), self._budget)

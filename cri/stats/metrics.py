@@ -85,6 +85,11 @@ async def stream_metrics(*, pods: Pods, meters: Meters, supervisor: Supervisor) 
 
 
 async def _collect(pods: Pods, meters: Meters, supervisor: Supervisor) -> list[v1.PodSandboxMetrics]:
+    async with meters.scraping:
+        return await _scrape(pods, meters, supervisor)
+
+
+async def _scrape(pods: Pods, meters: Meters, supervisor: Supervisor) -> list[v1.PodSandboxMetrics]:
     counted = parents(pods)
     ready = [pod for pod in pods.store if pod.state == v1.SANDBOX_READY]
     await meters.layers.first([container for pod in ready for container in pod.containers.values() if container.running])
@@ -98,7 +103,7 @@ async def _collect(pods: Pods, meters: Meters, supervisor: Supervisor) -> list[v
 
 def _pod_target(pod: Pod, own: bool, interfaces: tuple[Interface, ...], meters: Meters) -> PodTarget:
     metadata, parent = pod.config.metadata, pod.config.linux.cgroup_parent
-    group = groups.parent(meters.layout, parent) if own and parent else None
+    group = groups.parent(meters.layout, parent) if own and parent.strip("/.") else None
     where = (metadata.name, metadata.namespace)
     path = group.path if group is not None else ""
     return PodTarget(

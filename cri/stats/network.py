@@ -7,6 +7,7 @@ socket tells, which the supervisor's child opens inside.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import struct
@@ -27,6 +28,8 @@ _REQUEST_DUMP: Final = 0x1 | 0x300
 _IFINFOMSG: Final = 16
 _IFLA_IFNAME, _IFLA_STATS64 = 3, 23
 
+log = logging.getLogger("cri.stats")
+
 
 class Interface(NamedTuple):
     """Counters since the interface was made."""
@@ -43,7 +46,10 @@ class Interface(NamedTuple):
 
 
 async def read(pod: Pod, supervisor: Supervisor) -> tuple[Interface, ...]:
-    """The pod's interfaces without loopback, the default one first; none for the host's network and for pods that are stopped."""
+    """The pod's interfaces without loopback, the default one first; none for the host's network and for pods that are stopped.
+
+    A namespace that cannot be asked is reported and has none: what is known of the other pods must not depend on it.
+    """
     if not pod.facts.netns_path or not pod.ready:
         return ()
     try:
@@ -53,10 +59,10 @@ async def read(pod: Pod, supervisor: Supervisor) -> tuple[Interface, ...]:
             if found is not None:
                 return found
         return await _ask(pod, supervisor)
-    except (OSError, Failure):
-        if pod.stopping:
-            return ()  # meanwhile; its namespace is going
-        raise
+    except (OSError, Failure) as error:
+        if not pod.stopping:  # else its namespace is going
+            log.warning("sandbox %s: its interfaces cannot be read: %s", pod.id, error)
+        return ()
 
 
 def _pids(pod: Pod) -> Iterable[int]:

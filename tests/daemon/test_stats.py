@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from protos.runtime.v1 import api_pb2 as v1
+from shim.cgroups import detect
 from tests.daemon.harness import Daemon, wait_for
 
 Pod = tuple[str, v1.PodSandboxConfig]
@@ -38,16 +39,16 @@ def idle(daemon: Daemon, pod: Pod, busybox: str) -> str:
 
 
 def stats_of(daemon: Daemon, container: str) -> v1.ContainerStats:
-    return daemon.runtime.ContainerStats(v1.ContainerStatsRequest(container_id=container), timeout=10).stats
+    return daemon.runtime.ContainerStats(v1.ContainerStatsRequest(container_id=container), timeout=20).stats
 
 
 def listed(daemon: Daemon, **conditions: object) -> list[str]:
     request = v1.ListContainerStatsRequest(filter=v1.ContainerStatsFilter(**conditions))
-    return [each.attributes.id for each in daemon.runtime.ListContainerStats(request, timeout=10).stats]
+    return [each.attributes.id for each in daemon.runtime.ListContainerStats(request, timeout=20).stats]
 
 
 def pod_stats_of(daemon: Daemon, pod: str) -> v1.PodSandboxStats:
-    return daemon.runtime.PodSandboxStats(v1.PodSandboxStatsRequest(pod_sandbox_id=pod), timeout=10).stats
+    return daemon.runtime.PodSandboxStats(v1.PodSandboxStatsRequest(pod_sandbox_id=pod), timeout=20).stats
 
 
 def test_what_a_container_uses(daemon: Daemon, busy: str) -> None:
@@ -76,7 +77,22 @@ def test_the_rate_comes_with_the_second_sample(daemon: Daemon, pod: Pod, busybox
     seconds = (second.cpu.timestamp - first.cpu.timestamp) / 1e9
     assert second.cpu.usage_nano_cores.value == pytest.approx(used / seconds, rel=0.05)
     assert 0 < second.cpu.usage_nano_cores.value < 700_000_000  # the quota is half a CPU
-    daemon.runtime.StopContainer(v1.StopContainerRequest(container_id=container), timeout=10)
+    daemon.runtime.StopContainer(v1.StopContainerRequest(container_id=container), timeout=20)
+
+
+@pytest.mark.skipif(
+    detect().version == 1 or not os.access("/proc/pressure/cpu", os.R_OK),
+    reason="pressure is told of version 2 groups only, and where the kernel keeps it",
+)
+def test_pressure(daemon: Daemon, busy: str) -> None:
+    """A quota makes tasks wait."""
+    wait_for("time lost by the quota", lambda: stats_of(daemon, busy).cpu.psi.Some.Total > 0)
+    stats = stats_of(daemon, busy)
+    assert stats.memory.HasField("psi")
+    assert stats.io.timestamp > 0
+    found = daemon.runtime.ListPodSandboxMetrics(v1.ListPodSandboxMetricsRequest(), timeout=20).pod_metrics
+    names = {metric.name for pod in found for container in pod.container_metrics for metric in container.metrics}
+    assert {f"container_pressure_{what}_waiting_seconds_total" for what in ("cpu", "memory", "io")} <= names
 
 
 def test_filters(daemon: Daemon, pod: Pod, busy: str, idle: str) -> None:
@@ -97,13 +113,13 @@ def test_states_other_than_running(daemon: Daemon, pod: Pod, busybox: str) -> No
     """A created container has a cgroup; an ended one has a layer, and what it used is not made up."""
     created = daemon.create(pod, busybox, "true")
     assert stats_of(daemon, created).memory.usage_bytes.value > 0
-    daemon.runtime.StartContainer(v1.StartContainerRequest(container_id=created), timeout=10)
+    daemon.runtime.StartContainer(v1.StartContainerRequest(container_id=created), timeout=20)
     daemon.wait_exit(created)
     stats = stats_of(daemon, created)
     assert not stats.HasField("cpu")
     assert not stats.HasField("memory")
     assert stats.writable_layer.inodes_used.value > 0
-    daemon.runtime.RemoveContainer(v1.RemoveContainerRequest(container_id=created), timeout=10)
+    daemon.runtime.RemoveContainer(v1.RemoveContainerRequest(container_id=created), timeout=20)
     assert created not in listed(daemon)
 
 
@@ -111,7 +127,7 @@ def test_the_writable_layer(daemon: Daemon, pod: Pod, busybox: str) -> None:
     container = daemon.run(pod, busybox, "sh", "-c", "head -c 3000000 /dev/urandom > /file; sleep 1000")
     daemon.exec(container, "sh", "-c", "while [ $(wc -c < /file) -lt 3000000 ]; do sleep 0.05; done; sync")
     layer = stats_of(daemon, container).writable_layer
-    info = daemon.images.ImageFsInfo(v1.ImageFsInfoRequest(), timeout=10)
+    info = daemon.images.ImageFsInfo(v1.ImageFsInfoRequest(), timeout=20)
     assert layer.fs_id.mountpoint == info.container_filesystems[0].fs_id.mountpoint
     assert 3_000_000 <= layer.used_bytes.value < 4_000_000
     assert layer.inodes_used.value >= 2
@@ -137,7 +153,7 @@ def test_files_of_ended_containers_are_closed(daemon: Daemon, pod: Pod, busybox:
     container = daemon.run(pod, busybox, "sleep", "1000")
     stats_of(daemon, container)
     assert kept() > 0
-    daemon.runtime.StopContainer(v1.StopContainerRequest(container_id=container), timeout=10)
+    daemon.runtime.StopContainer(v1.StopContainerRequest(container_id=container), timeout=20)
     daemon.wait_exit(container)
     stats_of(daemon, container)
     assert kept() == 0
@@ -162,7 +178,7 @@ def test_what_a_pod_uses(daemon: Daemon, pod: Pod, busy: str, idle: str) -> None
 def test_traffic_is_counted(daemon: Daemon, pod: Pod, idle: str) -> None:
     """With and without a process in the pod, which take different ways."""
     empty, _ = daemon.run_pod()
-    address = daemon.runtime.PodSandboxStatus(v1.PodSandboxStatusRequest(pod_sandbox_id=empty), timeout=10).status.network.ip
+    address = daemon.runtime.PodSandboxStatus(v1.PodSandboxStatusRequest(pod_sandbox_id=empty), timeout=20).status.network.ip
 
     def counters() -> list[int]:
         both = [pod_stats_of(daemon, each).linux.network.default_interface for each in (pod[0], empty)]
@@ -194,7 +210,7 @@ def test_pods_that_share_a_cgroup_parent_are_told_apart(daemon: Daemon, busybox:
 def test_list_of_pods(daemon: Daemon, pod: Pod) -> None:
     def ids(**conditions: object) -> list[str]:
         request = v1.ListPodSandboxStatsRequest(filter=v1.PodSandboxStatsFilter(**conditions))
-        return [each.attributes.id for each in daemon.runtime.ListPodSandboxStats(request, timeout=10).stats]
+        return [each.attributes.id for each in daemon.runtime.ListPodSandboxStats(request, timeout=20).stats]
 
     assert ids(id=pod[0][:13]) == ids(label_selector={"app": "stats"}) == [pod[0]]
     assert ids(label_selector={"app": "other"}) == []
@@ -213,27 +229,27 @@ def test_streams_give_what_lists_give(daemon: Daemon, busy: str, idle: str) -> N
         assert all(pages)
         return [item.id if hasattr(item, "id") else item.attributes.id for page in pages for item in page]
 
-    listed_pods = [pod.id for pod in runtime.ListPodSandbox(v1.ListPodSandboxRequest(), timeout=10).items]
-    listed_containers = [c.id for c in runtime.ListContainers(v1.ListContainersRequest(), timeout=10).containers]
-    assert flat(runtime.StreamPodSandboxes(v1.StreamPodSandboxesRequest(), timeout=10), "pod_sandboxes") == listed_pods
-    assert flat(runtime.StreamContainers(v1.StreamContainersRequest(), timeout=10), "containers") == listed_containers
-    assert flat(runtime.StreamContainerStats(v1.StreamContainerStatsRequest(), timeout=10), "container_stats") == listed(daemon)
+    listed_pods = [pod.id for pod in runtime.ListPodSandbox(v1.ListPodSandboxRequest(), timeout=20).items]
+    listed_containers = [c.id for c in runtime.ListContainers(v1.ListContainersRequest(), timeout=20).containers]
+    assert flat(runtime.StreamPodSandboxes(v1.StreamPodSandboxesRequest(), timeout=20), "pod_sandboxes") == listed_pods
+    assert flat(runtime.StreamContainers(v1.StreamContainersRequest(), timeout=20), "containers") == listed_containers
+    assert flat(runtime.StreamContainerStats(v1.StreamContainerStatsRequest(), timeout=20), "container_stats") == listed(daemon)
     ready = v1.PodSandboxFilter(state=v1.PodSandboxStateValue(state=v1.SANDBOX_READY))
-    assert flat(runtime.StreamPodSandboxStats(v1.StreamPodSandboxStatsRequest(), timeout=10), "pod_sandbox_stats") == flat(
-        runtime.StreamPodSandboxes(v1.StreamPodSandboxesRequest(filter=ready), timeout=10), "pod_sandboxes"
+    assert flat(runtime.StreamPodSandboxStats(v1.StreamPodSandboxStatsRequest(), timeout=20), "pod_sandbox_stats") == flat(
+        runtime.StreamPodSandboxes(v1.StreamPodSandboxesRequest(filter=ready), timeout=20), "pod_sandboxes"
     )
     only = v1.ContainerFilter(id=busy)
-    assert flat(runtime.StreamContainers(v1.StreamContainersRequest(filter=only), timeout=10), "containers") == [busy]
+    assert flat(runtime.StreamContainers(v1.StreamContainersRequest(filter=only), timeout=20), "containers") == [busy]
     none = v1.ContainerStatsFilter(id="f" * 64)
-    assert list(runtime.StreamContainerStats(v1.StreamContainerStatsRequest(filter=none), timeout=10)) == []
+    assert list(runtime.StreamContainerStats(v1.StreamContainerStatsRequest(filter=none), timeout=20)) == []
     metrics = [
-        m for page in runtime.StreamPodSandboxMetrics(v1.StreamPodSandboxMetricsRequest(), timeout=10) for m in page.pod_sandbox_metrics
+        m for page in runtime.StreamPodSandboxMetrics(v1.StreamPodSandboxMetricsRequest(), timeout=20) for m in page.pod_sandbox_metrics
     ]
     assert {each.pod_sandbox_id for each in metrics} <= set(listed_pods)
 
 
 def test_metrics_have_the_labels_of_their_descriptors(daemon: Daemon, pod: Pod, busy: str) -> None:
-    described = daemon.runtime.ListMetricDescriptors(v1.ListMetricDescriptorsRequest(), timeout=10).descriptors
+    described = daemon.runtime.ListMetricDescriptors(v1.ListMetricDescriptorsRequest(), timeout=20).descriptors
     keys = {each.name: list(each.label_keys) for each in described}
     assert len(keys) == len(described)
     assert all(each.help for each in described)

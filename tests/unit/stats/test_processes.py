@@ -18,9 +18,22 @@ def test_this_process() -> None:
     before = processes.read([me], me)
     with socket.socket(), socket.socket():
         after = processes.read([me, 2**22 + 1], me)
-    assert (after.processes, after.sockets - before.sockets, after.descriptors - before.descriptors) == (1, 2, 2)
+    assert (after.processes, after.sockets - before.sockets, after.descriptors - before.descriptors) == (2, 2, 2)
     assert after.threads >= 1
     assert processes.read([], 2**22 + 1) == processes.Processes()
+
+
+def test_a_container_with_many_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more of them are looked at than is bearable; how many there are is known all the same."""
+    monkeypatch.setattr("cri.stats.processes._DESCRIPTORS", 3)
+    me = os.getpid()
+    pairs = [socket.socketpair() for _ in range(10)]
+    found = processes.read([me, me], me)
+    for pair in pairs:
+        for end in pair:
+            end.close()
+    assert found.sockets <= 3
+    assert found.descriptors >= 20 or os.stat("/proc/self/fd").st_size == 0
 
 
 @pytest.mark.parametrize("value, expected", [("1024", 1024), ("unlimited", None)])
