@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from cri.errors import CriError
 from cri.network.cni import arguments, result
 from cri.network.cni.cache import Attachment
 from cri.network.cni.conf import NEWEST, ConfError, NetworkConf, Object, Plugin, at_least, choose_version
-from cri.network.cni.execute import Call, PluginFailed, Plugins
+from cri.network.cni.execute import Call, PluginFailed, Plugins, PluginTimeout
 from cri.state import failpoints
 
 CHECK_SINCE, PREVIOUS_ON_DELETE_SINCE, STATUS_SINCE = "0.4.0", "0.4.0", "1.1.0"
@@ -65,18 +66,18 @@ async def check(plugins: Plugins, conf: NetworkConf, attachment: Attachment) -> 
         await plugins.run(plugin.type, _call("CHECK", attachment, attachment.netns), configuration)
 
 
-async def collect(plugins: Plugins, conf: NetworkConf, version: str, valid: Iterable[Attachment]) -> list[PluginFailed]:
+async def collect(plugins: Plugins, conf: NetworkConf, version: str, valid: Iterable[Attachment]) -> list[CriError]:
     """GC: plugins forget every attachment that is not ``valid``. All are asked; the failures."""
     if conf.disable_gc or not at_least(version, STATUS_SINCE):
         return []
     listed = [{"containerID": a.container_id, "ifname": a.if_name} for a in valid]
-    failures = []
+    failures: list[CriError] = []
     for plugin in conf.plugins:
         # plugins built with libcni 1.1 read the second spelling (containernetworking/cni#1101)
         keys = {"cni.dev/valid-attachments": listed, "cni.dev/attachments": listed}
         try:
             await plugins.run(plugin.type, Call("GC"), request(conf, plugin, version, **keys))
-        except PluginFailed as error:
+        except (PluginFailed, PluginTimeout) as error:
             failures.append(error)
     return failures
 
@@ -117,7 +118,7 @@ class Versions:
             try:
                 answer = await self._plugins.run(kind, call, json.dumps({"cniVersion": NEWEST}).encode(), timeout=_QUESTION)
                 known = (identity, result.spoken(answer))
-            except (PluginFailed, ConfError):
+            except (PluginFailed, PluginTimeout, ConfError):
                 known = (identity, None)
             self._known[path] = known
         return known[1]
