@@ -178,6 +178,16 @@ class Supervisor:
         """Of a container's terminal, or an exec session's."""
         await self._call("exec.resize" if session else "container.resize", id=target_id, height=height, width=width)
 
+    async def attach(self, container_id: str, *, stdout: int | None, stderr: int | None) -> dict[str, int]:
+        """Copy output to pipes from now on. The answer has what the container has of ``stdin`` and ``console``, the caller's to close."""
+        given = {name: fd for name, fd in (("stdout", stdout), ("stderr", stderr)) if fd is not None}
+        _, fds = await self._call("container.attach", tuple(given.values()), id=container_id, fds=list(given))
+        return fds
+
+    async def close_stdin(self, container_id: str) -> None:
+        """End of file on the stdin of a container with ``stdin_once``, for good."""
+        await self._call("container.close_stdin", id=container_id)
+
     async def reopen_log(self, container_id: str) -> None:
         await self._call("log.reopen", id=container_id)
 

@@ -251,6 +251,8 @@ OPERATIONS: dict[str, Operation] = {
     "container.handles": Operation(_ID, repeatable=True),
     "container.console": Operation(_ID, fds=(1, 1), repeatable=True),
     "container.start": Operation(_ID),
+    "container.attach": Operation({"id": str, "fds": list}, fds=(0, 2), repeatable=True),
+    "container.close_stdin": Operation(_ID, repeatable=True),
     "container.kill": Operation({"id": str, "signal": int}, {"all": bool}, repeatable=True),
     "container.delete": Operation(_ID, repeatable=True),
     "container.update": Operation(_ID, fds=(1, 1), repeatable=True),

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from cri import node
-from cri.containers import create, exec, exec_session, logs, remove, start, stop, update
+from cri.containers import attach, create, exec, exec_session, logs, remove, start, stop, update
 from cri.containers import list as list_containers
 from cri.containers import status as container_status
 from cri.containers.model import Containers
@@ -145,6 +145,10 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
     async def Exec(self, request: v1.ExecRequest, context: Context) -> v1.ExecResponse:
         p = self._p
         return exec_session.open_exec(request, containers=p.containers, supervisor=p.supervisor, streaming=p.streaming)
+
+    async def Attach(self, request: v1.AttachRequest, context: Context) -> v1.AttachResponse:
+        p = self._p
+        return attach.open_attach(request, containers=p.containers, supervisor=p.supervisor, streaming=p.streaming)
 
     async def PortForward(self, request: v1.PortForwardRequest, context: Context) -> v1.PortForwardResponse:
         p = self._p

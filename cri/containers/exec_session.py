@@ -11,6 +11,7 @@ import dataclasses
 import os
 import secrets
 import signal
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Final
 
@@ -106,7 +107,7 @@ def on_terminal(master: int, streams: Streams, held: ExitStack) -> list[FdSource
     os.set_blocking(console.fd, False)
     streams.terminal.connect(lambda height, width: set_size(console.fd, height, width) if console.fd >= 0 else None)
     if streams.stdin is not None:
-        feed(console, streams.stdin, held, close=False)
+        feed(console, streams.stdin, held, lambda: None)
     # The loop watches a descriptor for one reader and one writer, so the same would do; but they end at different times.
     return read((streams.stdout,), (Descriptor(held, os.dup(console.fd)),), held)
 
@@ -121,13 +122,13 @@ async def _start_on_pipes(
         session = await supervisor.exec(container.id, exec_id, process, stdin=stdin, stdout=stdout, stderr=stderr)
     ours = [None if pair is None else pair[0] for pair in pairs]
     if streams.stdin is not None and ours[0] is not None:
-        feed(ours[0], streams.stdin, held, close=True)
+        feed(ours[0], streams.stdin, held, ours[0].close)
     return session, read(wanted[1:], ours[1:], held)
 
 
-def feed(end: Descriptor, stream: Stream, held: ExitStack, *, close: bool) -> None:
-    """Write what the client sends; end of file follows where ``close`` is set."""
-    sink = FdSink(end.fd, stream, end.close if close else lambda: None)
+def feed(end: Descriptor, stream: Stream, held: ExitStack, ended: Callable[[], None]) -> None:
+    """Write what the client sends."""
+    sink = FdSink(end.fd, stream, ended)
     held.callback(sink.stop)
 
 

@@ -1,7 +1,8 @@
 """stdio's loop: containers' output ends to CRI logs, with fairness, bounded memory and no wake-up while nobody writes.
 
-The supervisor asks over a SEQPACKET pair: ``add``, ``drain``, ``reopen``, ``remove``, ``stop`` (``{"n", "op", "id", …}``, answered by
-``{"n", "ok"|"error"}``). When it dies, stdio goes on: its successor's stdio takes over with SIGTERM through the lock file.
+The supervisor asks over a SEQPACKET pair: ``add``, ``attach``, ``close_stdin``, ``drain``, ``reopen``, ``remove``, ``stop``
+(``{"n", "op", "id", …}``, answered by ``{"n", "ok"|"error"}``). When it dies, stdio goes on: its successor's stdio takes over with
+SIGTERM through the lock file.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import termios
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from shim import wire
 from shim.errors import Failure
+from shim.stdio.attach import Client, Clients
 from shim.stdio.framing import Clock, Framer
 from shim.stdio.lock import take_over
 from shim.stdio.logfile import LogFile
@@ -27,6 +30,7 @@ READ = 128 * 1024  # bytes per read: stays in the second-level cache, so the cop
 _BUSY = 0.005  # s between two rounds below which a stream counts as busy
 _PAUSE = 0.002  # s for which a busy writer fills its FIFO before it is read again: few large reads instead of many small ones
 _RETRY = 0.25  # s between two tries to write after an error
+_RECENT = 60.0  # s after a failure within which another one finds no patience
 _PATIENCE = 5.0  # s of failing writes after which output is dropped, so that a full disk does not stop containers for good
 
 Streams = {"stdout": "stdout", "stderr": "stderr", "console": "stdout"}  # name of an end: stream in the log
@@ -39,9 +43,10 @@ class Sink:
     id: str
     log: LogFile
     streams: list[Stream] = field(default_factory=list)
-    inputs: dict[str, int] = field(default_factory=dict)  # stdin's end and the console, for attach
+    inputs: dict[str, int] = field(default_factory=dict)  # stdin's end, held so that it has no end while a supervisor is replaced
     waiting: bytes = b""
     failing_since: float = 0.0  # monotonic; 0: writes succeed
+    last_failure: float = -_RECENT  # monotonic
     dropped: int = 0  # records
 
 
@@ -53,7 +58,9 @@ class Stream:
     fd: int
     framer: Framer
     capacity: int  # bytes of the FIFO, 0 for a console
+    name: str  # of the stream in the log
     armed: bool = False
+    clients: list[Client] = field(default_factory=list)
 
 
 class Stdio:
@@ -71,10 +78,13 @@ class Stdio:
         self._control_poll.register(control.fileno(), select.POLLIN)
         self._buffer = memoryview(bytearray(READ))
         self._clock = Clock()
+        self._clients = Clients(self._outer)
         self._failing: set[Sink] = set()  # those whose records are held back
         self._next_retry = 0.0
         self._operations: dict[str, Callable[[dict[str, Any], tuple[int, ...]], dict[str, Any]]] = {
             "add": self._add,
+            "attach": self._attach,
+            "close_stdin": self._close_stdin,
             "drain": self._drain,
             "reopen": self._reopen,
             "remove": self._remove,
@@ -91,7 +101,10 @@ class Stdio:
         while not self.stopping:
             if self._failing:
                 self._retry()
-            self._outer.poll(_RETRY if self._failing else None)
+            for fd, _ in self._outer.poll(_RETRY if self._failing or self._clients.waiting else None):
+                self._clients.ready(fd)
+            if self._clients.waiting:
+                self._clients.expire()
             self._serve()
             full, read = self._round()
             now = time.monotonic()
@@ -134,7 +147,10 @@ class Stdio:
             self._write(stream.sink, stream.framer.finish(stamp))
             self._close_stream(stream)
             return 0
-        self._write(stream.sink, stream.framer.feed(bytes(self._buffer[:count]), stamp))
+        data = bytes(self._buffer[:count])
+        if stream.clients:
+            self._tee(stream, data)
+        self._write(stream.sink, stream.framer.feed(data, stamp))
         return count
 
     def _write(self, sink: Sink, records: bytes) -> None:
@@ -147,10 +163,16 @@ class Stdio:
         try:
             sink.log.append(records)
         except OSError as error:
+            now = time.monotonic()
+            recent, sink.last_failure = now - sink.last_failure < _RECENT, now
             if sink.failing_since:
                 sink.dropped += records.count(b"\n")
                 return
-            sink.failing_since = time.monotonic()
+            sink.failing_since = now
+            if recent:  # a disk that is full again and again must not hold the container up each time
+                sink.dropped += records.count(b"\n")
+                self._event(sink, error)
+                return
             sink.waiting = records
             self._failing.add(sink)
             for stream in sink.streams:
@@ -185,7 +207,17 @@ class Stdio:
         self._event(sink, None)
         sink.dropped = 0
 
+    def _tee(self, stream: Stream, data: bytes) -> None:
+        """Copy to attached clients; while one of them holds bytes back, the FIFO is the buffer."""
+        for client in stream.clients:
+            self._clients.write(client, data)
+        stream.clients = [client for client in stream.clients if client.fd >= 0]
+        if any(client.held for client in stream.clients):
+            self._disarm(stream)
+
     def _arm(self, stream: Stream) -> None:
+        if stream.sink in self._failing or any(client.held for client in stream.clients):
+            return
         if not stream.armed and stream.fd >= 0:
             self._data.register(stream.fd, select.EPOLLIN)
             stream.armed = True
@@ -201,6 +233,9 @@ class Stdio:
             del self._by_fd[stream.fd]
             os.close(stream.fd)
             stream.fd = -1
+            for client in stream.clients:
+                self._clients.finish(client)
+            stream.clients.clear()
 
     # ---- requests
 
@@ -250,11 +285,29 @@ class Stdio:
                 sink.inputs[name] = fd
                 continue
             capacity = 0 if name == "console" else fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
-            stream = Stream(sink, fd, Framer(Streams[name], crlf=name == "console"), capacity)
+            stream = Stream(sink, fd, Framer(Streams[name], crlf=name == "console"), capacity, Streams[name])
             sink.streams.append(stream)
             self._by_fd[fd] = stream
-            if sink not in self._failing:
-                self._arm(stream)
+            self._arm(stream)
+        return {}
+
+    def _attach(self, body: dict[str, Any], fds: tuple[int, ...]) -> dict[str, Any]:
+        """Copy what comes from now on to pipes, which are taken over; to those of an output that has ended, end of file."""
+        sink = self._sinks.get(body["id"])
+        streams = {stream.name: stream for stream in sink.streams} if sink is not None else {}
+        for name, fd in zip(body["names"], fds, strict=True):
+            stream = streams.get(name)
+            if stream is None or stream.fd < 0:
+                os.close(fd)
+                continue
+            stream.clients = [client for client in stream.clients if client.fd >= 0]
+            stream.clients.append(self._clients.add(fd, partial(self._arm, stream)))
+        return {}
+
+    def _close_stdin(self, body: dict[str, Any], fds: tuple[int, ...]) -> dict[str, Any]:
+        sink = self._sinks.get(body["id"])
+        if sink is not None and "stdin" in sink.inputs:
+            os.close(sink.inputs.pop("stdin"))
         return {}
 
     def _drain(self, body: dict[str, Any], fds: tuple[int, ...]) -> dict[str, Any]:

@@ -80,7 +80,11 @@ def open_ends(container: Container) -> None:
                 if error.errno not in (errno.EPERM, errno.EBUSY):  # above the user's soft limit: it stays small
                     raise
     if container.stdin:
-        container.ends["stdin"] = os.open("stdin", os.O_RDWR | flags, dir_fd=container.bundle)
+        try:
+            container.ends["stdin"] = os.open("stdin", os.O_RDWR | flags, dir_fd=container.bundle)
+        except FileNotFoundError:
+            if not container.stdin_once:  # see ``attach.close_stdin``
+                raise
 
 
 async def _created(core: Core, container: Container) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class StdioJob:
 class _Request:
     body: dict[str, Any]
     answer: Future[dict[str, Any]]
-    container: Container | None
+    fds: Mapping[str, int] | None  # sent along; looked at anew for each stdio
 
 
 class Logs:
@@ -72,7 +72,7 @@ class Logs:
         adding = {r.body["id"] for r in self._pending.values() if r.body["op"] == "add"}
         for container in self._table.containers.values():
             if container.ends and container.id not in adding:
-                self._loop.start(self._add_again(container))
+                self._loop.start(self.add_again(container))
         for number, request in list(self._pending.items()):
             self._send(number, request)
 
@@ -136,8 +136,8 @@ class Logs:
         if self._connection is None:
             return  # it is sent to the next one
         fds: list[int] = []
-        if request.container is not None:
-            request.body["names"], fds = list(request.container.ends), list(request.container.ends.values())
+        if request.fds is not None:
+            request.body["names"], fds = list(request.fds), list(request.fds.values())
         try:
             self._connection.send({"n": number, **request.body}, fds)
             self._want_write(self._connection)
@@ -149,26 +149,29 @@ class Logs:
             self._writing = connection.pending
             self._loop.change(connection.fileno(), READ | WRITE if self._writing else READ)
 
-    def ask(self, op: str, name: str, container: Container | None = None, **fields: Any) -> Future[dict[str, Any]]:
-        """Send a request. The future fails with stdio's Failure; it outlives a stdio that dies."""
+    def ask(self, op: str, name: str, given: Mapping[str, int] | None = None, **fields: Any) -> Future[dict[str, Any]]:
+        """Send a request; ``given`` fds stay the caller's, open until the answer.
+
+        The future fails with stdio's Failure; it outlives a stdio that dies.
+        """
         self._next += 1
-        request = _Request({"op": op, "id": name, **fields}, Future(self._loop), container)
+        request = _Request({"op": op, "id": name, **fields}, Future(self._loop), given)
         self._pending[self._next] = request
         self._send(self._next, request)
         return request.answer
 
     def add(self, container: Container) -> Future[dict[str, Any]]:
         """Hand over the container's ends. Fails when its log cannot be opened."""
-        return self.ask("add", container.id, container, log_path=container.log_path)
+        return self.ask("add", container.id, container.ends, log_path=container.log_path)
 
-    async def _add_again(self, container: Container) -> None:
-        """After a restart nobody waits for an answer: a log that cannot be opened any more must not leave the container blocked."""
+    async def add_again(self, container: Container) -> None:
+        """Where nobody waits for the answer: a log that cannot be opened any more must not leave the container blocked."""
         try:
             await self.add(container)
         except Failure as failure:
             self._publish({"event": "log.error", "id": container.id, "path": container.log_path, "errno": failure.errno, "dropped": 0})
             self._log(f"container {container.id}: its output is discarded: {failure}")
-            await self.ask("add", container.id, container, log_path="")
+            await self.ask("add", container.id, container.ends, log_path="")
 
     async def stop(self) -> None:
         """An orderly end: unfinished lines are written."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from shim import wire
 from shim.errors import Failure
-from shim.supervisor import adopt, containers, exits, pods, sessions
+from shim.supervisor import adopt, attach, containers, exits, pods, sessions
 from shim.supervisor.logs import Logs
 from shim.supervisor.loop import READ, WRITE, Loop
 from shim.supervisor.request import Handler, Request
@@ -121,6 +121,8 @@ HANDLERS: dict[str, Handler] = {
     "container.resize": containers.resize,
     "container.handles": containers.handles,
     "container.console": adopt.take_console,
+    "container.attach": attach.attach,
+    "container.close_stdin": attach.close_stdin,
     "exec.start": sessions.start,
     "exec.adopt": sessions.adopt,
     "exec.kill": sessions.kill,
