@@ -16,12 +16,15 @@ class Context:
     host_mntns: int  # fd of the host's mount namespace
     lean_mntns: int  # fd of an almost empty one; unsharing from it costs the same whatever the host has mounted
     proc: int  # fd of a procfs mounted nowhere: what is written through it lands in procfs, whatever a container mounted
+    pins: int | None = None  # fd of the mount namespace with the containers' pidfds; None where the kernel cannot bind them
     seccomp_cache: int  # fd of the directory with compiled filters
     inherited: Inherited  # limits, affinity and umask that the supervisor was started with; containers get these
     slots: PidSlots
 
     def fds(self) -> Iterator[int]:
         yield from (self.host_mntns, self.lean_mntns, self.proc, self.seccomp_cache)
+        if self.pins is not None:
+            yield self.pins
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from shim.oci.bundle import Recipe
 from shim.oci.spec import NamespaceType, Spec
 from shim.rootfs import ops as rootfs
 from shim.rootfs import plan as rootfs_plan
-from shim.runtime import hooks, inside, kept, launch, namespaces, sysctl
+from shim.runtime import hooks, inside, kept, launch, namespaces, pins, sysctl
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context, PodHandles
 from shim.runtime.final import Final, start_clean
@@ -114,7 +114,8 @@ class Stage1:
         The kernel tells its pid through the slot."""
         address = self.job.context.slots.address(self.job.slot)
         flags = libc.CLONE_NEWPID | libc.CLONE_PARENT
-        pid, _ = libc.clone3(flags, exit_signal=0, cgroup=birthplace, parent_tid_address=address)
+        pins_ = self.job.context.pins
+        pid, pidfd = libc.clone3(flags, exit_signal=0, pidfd=True, cgroup=birthplace, parent_tid_address=address)
         if pid == 0:
             self._init(build)
 
@@ -123,6 +124,13 @@ class Stage1:
         try:
             final, master = build()
             self._announce(self.job.context.slots.pid(self.job.slot), final, master)
+        if pins_ is not None and self._pins_itself:
+            pins.pin(pins_, self.job.id, pidfd)
+
+    @property
+    def _pins_itself(self) -> bool:
+        """Whether this launch pins its process: not one that is forked after all privileges are gone."""
+        return namespaces.pid_mode(self.spec) is namespaces.PidMode.NEW and self.spec.namespace(NamespaceType.USER) is None
             self._await_start(final)
             final.run(self.channel)
         except BaseException as error:
@@ -184,7 +192,7 @@ class Stage1:
             fds["console"] = master
         user = codec.to_json(final.user)
         later = [stage for stage in ("poststart", "poststop") if hooks.of_stage(self.spec, stage)]
-        facts = {"pid": pid, "user": user, "cgroup": self.group.to_json(), "hooks": later, "fds": list(fds)}
+        facts = {"pid": pid, "user": user, "cgroup": self.group.to_json(), "hooks": later, "pinned": self._pins_itself, "fds": list(fds)}
         self.channel.send({"ok": facts}, tuple(fds.values()))
         final.close_others(self.channel)
 

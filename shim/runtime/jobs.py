@@ -17,7 +17,7 @@ from shim.errors import Failure
 from shim.linux import libc
 from shim.oci import codec
 from shim.oci.spec import Resources
-from shim.runtime import pod
+from shim.runtime import pins, pod
 from shim.runtime.channel import Channel
 
 _ROUNDS = 16  # of looking for processes that were forked while the others were being killed
@@ -25,13 +25,20 @@ _ROUNDS = 16  # of looking for processes that were forked while the others were 
 
 @dataclass(frozen=True, slots=True)
 class RemoveCgroup:
-    """Remove a group and what the container made below it; a group that is gone is fine."""
+    """Remove a group and what the container made below it; a group that is gone is fine. Then its pidfd's pin, if it has one."""
 
     group: Group
-    keep: Collection[int] = ()
+    pins: int | None = None
+    pinned: str = ""
+
+    @property
+    def keep(self) -> Collection[int]:
+        return () if self.pins is None else (self.pins,)
 
     def __call__(self, channel: Channel) -> None:
         cgroups.remove(self.group)
+        if self.pins is not None and self.pinned:
+            pins.unpin(self.pins, (self.pinned,))
         channel.send({"ok": {}})
 
 
@@ -140,7 +147,7 @@ def _signal(pid: int, number: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Unpin:
-    """Release a pinned network namespace."""
+    """Release a pinned namespace."""
 
     path: str
     keep: Collection[int] = ()

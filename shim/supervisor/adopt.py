@@ -17,6 +17,7 @@ from shim.linux import libc
 from shim.linux import process as processes
 from shim.oci import bundle as bundles
 from shim.oci.bundle import ExitRecord
+from shim.runtime import pins, userns
 from shim.runtime.channel import Channel
 from shim.supervisor import exits
 from shim.supervisor.children import Process
@@ -54,6 +55,15 @@ async def watch_groups(core: Core) -> None:
             continue
         for container in some:
             watch_oom(core, container, [fd for name, fd in fds.items() if name.startswith(container.id)])
+
+
+async def sweep_pins(core: Core) -> None:
+    """Drop the pins of containers that were deleted while nobody could do it."""
+    if core.context.pins is not None:
+        try:
+            await core.children.call(pins.Sweep(core.context.pins, frozenset(core.table.containers)), "sweep pins")
+        except Failure as failure:
+            core.log(str(failure))
 
 
 async def settle(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
@@ -144,14 +154,34 @@ def _pod(core: Core, logs: Logs, name: str) -> None:
             pod.fds["network"] = os.open(f"netns/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=core.state)
         except FileNotFoundError:
             core.log(f"pod {name}: its network namespace is not pinned any more")
+    if "user" in record["names"]:
+        try:
+            pod.fds["user"] = _user_namespace(core, pod)
+        except FileNotFoundError:
+            core.log(f"pod {name}: its user namespace is not pinned any more")
     if "pid" in record["names"] and pod.init is not None:
         pod.fds["pid"] = os.open(f"{pod.init.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=core.context.proc)
 
 
+def _user_namespace(core: Core, pod: Pod) -> int:
+    """The owner of the pod's network namespace, or with the host's network the one that is pinned."""
+    if "network" in pod.fds:
+        return userns.owner(pod.fds["network"])
+    return os.open(f"userns/{pod.id}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=core.state)
+
+
 async def _restore(core: Core, pod: Pod) -> None:
-    donor = next((c.process for c in core.table.containers.values() if c.pod == pod.id and c.process is not None and c.exit is None), None)
-    job = Restore(core.context, pod.directory, dict(pod.fds), donor.pidfd if donor else None, donor.pid if donor else 0)
-    _, fds = await core.children.call(job, "restore pod")
+    """From the first container that lives long enough to be asked; only if none lives are namespaces made again."""
+    living = [c.process for c in core.table.containers.values() if c.pod == pod.id and c.process is not None and c.exit is None]
+    fds: dict[str, int] = {}
+    for donor in (*living, None):
+        job = Restore(core.context, pod.directory, dict(pod.fds), donor.pidfd if donor else None, donor.pid if donor else 0)
+        try:
+            _, fds = await core.children.call(job, "restore pod")
+            break
+        except Failure as failure:
+            if donor is None or failure.errno not in (errno.ENOENT, errno.ESRCH):  # it has ended, though not been reaped yet
+                raise
     for name, fd in fds.items():
         if name in pod.fds:  # the daemon was faster
             os.close(fd)
@@ -179,9 +209,12 @@ def _container(core: Core, logs: Logs, name: str) -> None:
         container.over.set(None)
         return
     container.process = _process(core, record)
-    open_ends(container)
+    try:
+        open_ends(container)
+    except OSError as error:  # its output is lost; its exit need not be
+        core.log(f"container {name}: {error}")
     if not container.tty:  # a terminal's other end comes from the daemon, see ``take_console``
-        logs.add(container)
+        core.loop.start(logs.add_again(container))
     if not container.started_at:
         # Its launcher's channel died with the earlier supervisor: it can never be started.
         container.start_error = Failure("start container", message="its supervisor died before it was started")
@@ -196,7 +229,9 @@ def _container(core: Core, logs: Logs, name: str) -> None:
 async def _gone(core: Core, logs: Logs, container: Container, pid: int) -> None:
     """It ended and was reaped while nobody of ours was there. Only the daemon may have its status."""
     finished = time.time_ns()
-    ended = await exits.code_from_daemon(core, pid)
+    ended = await exits.code_from_pin(core, container.id)
+    if ended is None:
+        ended = await exits.code_from_daemon(core, pid)
     if container.start_error is not None:
         exit = ExitRecord(128, finished, reason="StartError", message=str(container.start_error))
     elif ended is not None:

@@ -17,7 +17,7 @@ from shim.errors import Failure
 from shim.linux import process as processes
 from shim.oci.bundle import ExitRecord
 from shim.runtime import create as creating
-from shim.runtime import hooks, jobs
+from shim.runtime import hooks, jobs, pins
 from shim.supervisor import exits, leftovers
 from shim.supervisor.children import Failed, Process
 from shim.supervisor.logs import Logs
@@ -108,6 +108,7 @@ async def _created(core: Core, container: Container) -> None:
     container.group = cgroups.Group.from_json(facts["cgroup"])
     watch_oom(core, container, [fds[name] for name in sorted(fds)])
     container.user, container.hooks = facts["user"], tuple(facts.get("hooks", ()))
+    container.pinned = bool(facts["pinned"])
     if facts["pid"]:
         container.own_pids = True
         container.process, container.slot = core.children.adopt_slot(_slot(container)), None
@@ -208,6 +209,8 @@ async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
         container.starting.set(None)
     if forked is not None:
         exits.watch(core, logs, container)
+    if core.context.pins is not None and not container.pinned and container.process is not None:
+        core.loop.start(_pin(core, core.context.pins, container, container.process))
     if "poststart" in container.hooks:
         core.loop.start(_poststart(core, container))
     return {"pid": container.pid, "starttime": container.starttime, "started_at": container.started_at}
@@ -222,6 +225,14 @@ async def _start_failed(core: Core, logs: Logs, container: Container, body: dict
     if container.process is None:
         await exits.record(core, logs, container, ExitRecord(START_ERROR, time.time_ns(), reason="StartError", message=str(failure)))
     raise failure
+
+
+async def _pin(core: Core, where: int, container: Container, process: Process) -> None:
+    """Without its pin an exit that nobody of ours sees would lose its code, and nothing else."""
+    try:
+        await core.children.call(pins.Pin(where, container.id, process.pidfd), "pin container")
+    except Failure as failure:
+        core.log(f"container {container.id}: {failure}")
 
 
 async def _poststart(core: Core, container: Container) -> None:
@@ -268,7 +279,7 @@ async def _delete(core: Core, logs: Logs, container: Container) -> None:
         except Failure as failure:
             core.log(f"container {container.id}: {failure}")
     if container.group is not None:
-        await core.children.call(jobs.RemoveCgroup(container.group), "delete container")
+        await core.children.call(jobs.RemoveCgroup(container.group, core.context.pins, container.id), "delete container")
     forget(container.bundle)
     await _discard(core, logs, container)
 

@@ -13,7 +13,7 @@ from shim.errors import Failure
 from shim.linux import libc
 from shim.oci import bundle as bundles
 from shim.oci.bundle import ExitRecord
-from shim.runtime import jobs
+from shim.runtime import jobs, pins
 from shim.supervisor.children import Ended, Process
 from shim.supervisor.logs import Logs
 from shim.supervisor.loop import Future
@@ -123,6 +123,18 @@ async def code_of_adopted(core: Core, process: Process) -> Ended | None:
 async def code_from_daemon(core: Core, pid: int) -> Ended | None:
     """The same for a process that was reaped before anybody had a pidfd of it."""
     return await _code(core, pid, None)
+
+
+async def code_from_pin(core: Core, name: str) -> Ended | None:
+    """The same by the pidfd that was pinned when the container was created."""
+    if core.context.pins is None:
+        return None
+    try:
+        facts, _ = await core.children.call(pins.Status(core.context.pins, name), "read pin")
+    except Failure as failure:
+        core.log(f"container {name}: {failure}")
+        return None
+    return None if facts["status"] is None else Ended.from_status(facts["status"])
 
 
 async def _code(core: Core, pid: int, process: Process | None) -> Ended | None:

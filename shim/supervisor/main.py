@@ -25,6 +25,7 @@ from shim.oci.bundle import ExitRecord, Recipe
 from shim.oci.sandbox import Sandbox
 from shim.oci.spec import Process, Resources, Spec
 from shim.rootfs import lean
+from shim.runtime import pins
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 from shim.runtime.slots import PidSlots
@@ -82,16 +83,18 @@ def main() -> None:
     settings = Settings.parse(sys.argv[1])
     first = socket.socket(fileno=settings.socket)
     try:
-        loop = prepare(settings, first)
+        core = prepare(settings, first)
     except (Failure, OSError) as error:
         failure = error if isinstance(error, Failure) else Failure.wrap("start supervisor", "system call", error)
         log(str(failure))
         first.send(json.dumps({"event": "fatal", "error": failure.to_json()}).encode())
         sys.exit(1)
-    loop.run()
+    core.loop.run()
+    if core.context.pins is not None and not core.table.containers:
+        pins.close(core.state_path)
 
 
-def prepare(settings: Settings, first: socket.socket) -> Loop:
+def prepare(settings: Settings, first: socket.socket) -> Core:
     """Everything up to the first request."""
     inherited = process.save_inherited()
     signals = take_signals()
@@ -119,9 +122,10 @@ def prepare(settings: Settings, first: socket.socket) -> Loop:
     context = Context(
         layout=layout,
         host_mntns=os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC),
-        lean_mntns=lean_namespace(loop, children),
+        lean_mntns=made(loop, children, Lean(), "lean namespace")["lean"],
         proc=proc,
         seccomp_cache=seccomp_cache(state),
+        pins=made(loop, children, pins.Open(os.path.realpath(settings.state)), "pins namespace").get("pins"),
         inherited=inherited,
         slots=slots,
     )
@@ -135,6 +139,7 @@ def prepare(settings: Settings, first: socket.socket) -> Loop:
     adopt.adopt(core, logs)
     loop.start(adopt.watch_groups(core))
     server.open(core, logs)
+    loop.start(adopt.sweep_pins(core))
     server.join(first)
     spares.prepare()
     return loop
@@ -219,9 +224,9 @@ def warm_up() -> None:
         codec.encode(codec.decode(cls, sample))
 
 
-def lean_namespace(loop: Loop, children: Children) -> int:
-    """Made in a child, because its maker ends up in it."""
-    task = loop.start(children.call(Lean(), "lean namespace"))
+def made(loop: Loop, children: Children, job: Job, title: str) -> dict[str, int]:
+    """The fds of a namespace that is made in a child, because its maker ends up in it."""
+    task = loop.start(children.call(job, title))
     while not task.done:
         loop.turn(5.0)
     return task.result()[1]["lean"]

@@ -83,6 +83,7 @@ class Container:
     slot: int | None = None  # of the process that will be forked at start
     process: Process | None = None
     starttime: int = 0
+    pinned: bool = False  # its launch has bound its pidfd, see ``shim.runtime.pins``
     own_pids: bool = False  # has a PID namespace of its own, so that its first process takes all others with it
     user: dict[str, Any] | None = None
     hooks: tuple[str, ...] = ()

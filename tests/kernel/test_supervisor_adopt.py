@@ -11,6 +11,7 @@ import pytest
 
 from shim.errors import Failure
 from shim.oci.spec import NamespaceType
+from shim.runtime import pins
 from tests.kernel.supervised import rig, until
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(90)]
@@ -177,3 +178,25 @@ async def test_what_a_create_left_behind_is_deleted() -> None:
         for mount in Path("/sys/fs/cgroup").iterdir():
             left = [p.name for p in (mount / node.cgroup[1:]).glob("*") if p.is_dir()]
             assert left in ([], ["runtime"]), left
+
+
+@pytest.mark.parametrize("pid", ["", "pod:pid"])
+async def test_an_exit_that_nobody_saw_keeps_its_code(pid: str) -> None:
+    """Daemon's connection, supervisor and stdio all dead, the container ends, its new parent reaps it: the pinned pidfd still knows."""
+    if not pins.supported():
+        pytest.skip("this kernel cannot bind pidfds or keeps no exit status in them (Linux 6.15)")
+    async with rig() as node:
+        kinds = (NamespaceType.IPC, NamespaceType.UTS, NamespaceType.NETWORK)
+        pod = await node.pod(*kinds, *((NamespaceType.PID,) if pid else ()))
+        name = await node.run(pod, "sh", "-c", "sleep 1; exit 43", pid=pid)
+        await asyncio.sleep(0.3)
+        pid_of_it, supervisor, stdio = node.supervisor.snapshot().containers[name].pid, node.supervisor.pid, node.stdio_pid
+        node.supervisor.close()
+        for ours in (supervisor, stdio):
+            os.kill(ours, signal.SIGKILL)
+        await asyncio.sleep(1.5)
+        os.waitpid(pid_of_it, 0)  # as init does with what it inherits
+        await node.open()
+        await until(lambda: node.record(name))
+        assert (node.record(name).exit_code, node.record(name).reason) == (43, "")
+        await node.remove(name)
