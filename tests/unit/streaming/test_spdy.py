@@ -316,7 +316,11 @@ def control_frames(draw: st.DrawFn) -> bytes:
     return struct.pack(">HHI", 0x8003, kind, flags << 24 | len(payload)) + payload
 
 
-@given(st.lists(st.one_of(control_frames(), st.builds(lambda n, d: frames.data_header(n, len(d)) + d, st.integers(0, 9), st.binary(max_size=9)))))
+@given(
+    st.lists(
+        st.one_of(control_frames(), st.builds(lambda n, d: frames.data_header(n, len(d)) + d, st.integers(0, 9), st.binary(max_size=9)))
+    )
+)
 @settings(max_examples=300, deadline=None)
 def test_frames_that_make_no_sense_leave_a_consistent_machine(sequence: list[bytes]) -> None:
     server = Connection(Role.SERVER)
