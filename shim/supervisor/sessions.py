@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from shim import cgroups
 from shim.errors import Failure
 from shim.runtime import jobs
+from shim.runtime.exec import Exec
 from shim.supervisor import exits
 from shim.supervisor.children import Job, Process
 from shim.supervisor.containers import set_size
@@ -34,8 +36,14 @@ async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     job: Job | None = None
     fds: dict[str, int] = {}
     try:
-        job = _launch(core, container, process.pidfd, group, given, slot)
-        _, fds = await job.answer()
+        launch = Launch(core, container, group, {"init": process.pidfd, "bundle": container.bundle, **given}, slot)
+        job = launch.spare() or launch.fork()
+        first = await job.message()
+        if first is None and launch.used_spare:  # somebody killed it before it had its orders
+            job.close()
+            job = launch.fork()
+            first = await job.message()
+        _, fds = job.unpack(first) if first is not None else await job.answer()
         message = await job.message()
         forked = core.children.adopt_slot(slot)
         slot = -1
@@ -59,20 +67,38 @@ async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     return {"pid": forked.pid}
 
 
-def _launch(core: Core, container: Container, init: int, group: cgroups.Group, given: dict[str, int], slot: int) -> Job:
-    """By the spare child where there is one. With cgroup v2 a child is rather born in the container's cgroup: moving takes long there."""
-    fds = {"init": init, "bundle": container.bundle, **given}
-    if group.version == 1:
-        job = core.spares.take(group, slot, fds)
-        return job or core.children.run(order(core.context, group, slot, fds), "exec")
-    if container.group_fd is None:
-        container.group_fd = cgroups.open_dir(group)
-    try:
-        return core.children.run(order(core.context, group, slot, fds, in_cgroup=True), "exec", container.group_fd)
-    except Failure as failure:
-        if failure.errno not in (errno.EBUSY, errno.EOPNOTSUPP):  # a container that made domains of its own below
-            raise
-    return core.children.run(order(core.context, group, slot, fds), "exec")
+@dataclass(slots=True)
+class Launch:
+    """The ways to a child that becomes the session's process."""
+
+    core: Core
+    container: Container
+    group: cgroups.Group
+    fds: dict[str, int]
+    slot: int
+    used_spare: bool = False
+
+    def spare(self) -> Job | None:
+        """One that is ready, if any. Not with cgroup v2: a child born in the container's cgroup saves a move, which is slow there."""
+        if self.group.version == 2:
+            return None
+        job = self.core.spares.take(self.group, self.slot, self.fds)
+        self.used_spare = job is not None
+        return job
+
+    def fork(self) -> Job:
+        if self.group.version == 2:
+            if self.container.group_fd is None:
+                self.container.group_fd = cgroups.open_dir(self.group)
+            try:
+                return self.core.children.run(self._order(born=True), "exec", self.container.group_fd)
+            except Failure as failure:
+                if failure.errno not in (errno.EBUSY, errno.EOPNOTSUPP):  # a container that made domains of its own below
+                    raise
+        return self.core.children.run(self._order(born=False), "exec")
+
+    def _order(self, *, born: bool) -> Exec:
+        return order(self.core.context, self.group, self.slot, self.fds, in_cgroup=born)
 
 
 async def _failed(core: Core, body: dict[str, Any], forked: Process | None) -> None:
