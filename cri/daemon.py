@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -109,6 +110,10 @@ async def _parts(config: Config, link: client.Link) -> AsyncIterator[tuple[Parts
         exits = Exits(containers, supervisor)
         supervisor.on_exit, supervisor.on_oom = exits.reported, exits.out_of_memory
         events = Events()
+        no_users = await supervisor.probe_user_namespaces(layout.root / "userns-probe")
+        if no_users:
+            log.info("pods cannot have user namespaces: %s", no_users)
+        facts = replace(_host(config), no_user_namespaces=no_users)
         meters = Meters(cgroups.detect(), Layers(images.usage, str(images.root)))
         stack.callback(meters.close)
         pods.watchers += events.changed, meters.changed
@@ -117,7 +122,7 @@ async def _parts(config: Config, link: client.Link) -> AsyncIterator[tuple[Parts
         await streaming.start()
         stack.push_async_callback(streaming.close)
         pods.watchers.append(partial(_end_streams, streaming))
-        parts = Parts(pods, containers, supervisor, images, network, Node.of(config, _host(config)), events, meters, streaming)
+        parts = Parts(pods, containers, supervisor, images, network, Node.of(config, facts), events, meters, streaming)
         yield parts, Recovery(pods, containers, supervisor, network, images, exits)
 
 

@@ -48,6 +48,7 @@ def status(node: Node, *, verbose: bool, supervisor: Supervisor, network: Networ
     """RuntimeReady and NetworkReady, what each handler can do, and with ``verbose`` the effective configuration."""
     alive = supervisor.pid > 0
     connected = network.status()
+    users = not node.host.no_user_namespaces
     response = v1.StatusResponse(
         status=v1.RuntimeStatus(
             conditions=[
@@ -63,11 +64,11 @@ def status(node: Node, *, verbose: bool, supervisor: Supervisor, network: Networ
         runtime_handlers=[
             v1.RuntimeHandler(
                 name=name,
-                features=v1.RuntimeHandlerFeatures(recursive_read_only_mounts=node.host.recursive_read_only, user_namespaces=False),
+                features=v1.RuntimeHandlerFeatures(recursive_read_only_mounts=node.host.recursive_read_only, user_namespaces=users),
             )
             for name in sorted(node.handlers)
         ],
-        features=v1.RuntimeFeatures(supplemental_groups_policy=True, user_namespaces_host_network=False, mount_options=True),
+        features=v1.RuntimeFeatures(supplemental_groups_policy=True, user_namespaces_host_network=users, mount_options=True),
     )
     if verbose:
         response.info["config"] = json.dumps(msgspec.to_builtins(node.config, enc_hook=str))
@@ -80,6 +81,7 @@ def status(node: Node, *, verbose: bool, supervisor: Supervisor, network: Networ
                 "seccomp": host.seccomp,
                 "apparmor": host.apparmor,
                 "selinux": host.selinux,
+                "userNamespaces": host.no_user_namespaces or "available",
             }
         )
     return response

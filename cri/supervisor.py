@@ -96,6 +96,14 @@ class Supervisor:
             os.close(session.pidfd)
         self._sessions.clear()
 
+    async def probe_user_namespaces(self, directory: Path) -> str:
+        """Why pods cannot have user namespaces; empty where they can. ``directory``, beside the images, is made and removed."""
+        try:
+            ok, _ = await self._call("probe.userns", directory=str(directory))
+        except Failure as failure:
+            return str(failure)
+        return str(ok["reason"])
+
     # ---- pods
 
     async def create_pod(self, pod_id: str, directory: Path) -> PodHandles:

@@ -263,6 +263,7 @@ OPERATIONS: dict[str, Operation] = {
     "exec.kill": Operation({"id": str, "signal": int, "tree": bool}, repeatable=True),
     "exec.resize": Operation({"id": str, "height": int, "width": int}, repeatable=True),
     "log.reopen": Operation(_ID, repeatable=True),
+    "probe.userns": Operation({"directory": str}, repeatable=True),
 }
 
 

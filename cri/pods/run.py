@@ -17,6 +17,7 @@ from cri.pods.model import Pod, Pods, now, pod_name
 from cri.spec import files, sandbox
 from cri.spec.inputs import HostFacts
 from cri.state import records
+from cri.state.layout import Layout
 from cri.state.operations import Operation
 from cri.state.records import PodFacts
 from cri.supervisor import Supervisor
@@ -68,7 +69,7 @@ async def _make(
         operation.enter("state directory")
         directory = layout.pod(pod_id)
         undo.push("remove state directory", partial(remove_directory, directory))
-        write_directory(directory, pod, host)
+        write_directory(layout, pod, host)
 
         operation.enter("namespaces")
         undo.push("delete namespaces", partial(supervisor.delete_pod, pod_id))
@@ -94,8 +95,9 @@ async def _make(
     return pod_id
 
 
-def write_directory(directory: Path, pod: Pod, host: HostFacts) -> None:
+def write_directory(layout: Layout, pod: Pod, host: HostFacts) -> None:
     """The pod's state directory: what its namespaces need, what its containers mount, and the intent for a recovery."""
+    directory = layout.pod(pod.id)
     os.mkdir(directory, 0o700)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -105,7 +107,10 @@ def write_directory(directory: Path, pod: Pod, host: HostFacts) -> None:
             _write(fd, name, data)
     finally:
         os.close(fd)
-    bundle.write_sandbox(directory, sandbox.build(pod.id, pod.config, netns_path=pod.facts.netns_path, host=host))
+    userns = str(layout.userns(pod.id))
+    bundle.write_sandbox(
+        layout.pod(pod.id), sandbox.build(pod.id, pod.config, netns_path=pod.facts.netns_path, userns_path=userns, host=host)
+    )
 
 
 def _write_hosts(directory: Path, pod: Pod, host: HostFacts) -> None:

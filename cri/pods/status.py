@@ -90,6 +90,7 @@ def _namespaces(pod: Pod) -> list[dict[str, str]]:
         "ipc": options.ipc != v1.NODE,
         "uts": not pod.host_network,
         "pid": options.pid == v1.POD,
+        "user": options.HasField("userns_options") and options.userns_options.mode == v1.POD,
     }
     process = f"/proc/{facts.pid}/ns" if facts.pid else ""
     paths = {kind: f"{process}/{kind}" if process else "" for kind in own} | {"network": facts.netns_path}

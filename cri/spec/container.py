@@ -20,6 +20,7 @@ def build(inputs: ContainerInputs) -> oci.Spec:
     capabilities = security.capabilities(context, inputs.host)
     nodes, rules = devices.build(config, inputs.host, inputs.handler)
     mounted = mounts.build(inputs)
+    users = namespaces.user_mappings(pod_options)
     return oci.Spec(
         oci_version=OCI_VERSION,
         root=oci.Root("rootfs", readonly=context.readonly_rootfs),
@@ -34,6 +35,8 @@ def build(inputs: ContainerInputs) -> oci.Spec:
                 # Where v1 hierarchies are mounted the container sees its own groups bound in; a privileged one manages the host's.
                 own_cgroup=inputs.host.cgroup_version == 2 and not context.privileged,
             ),
+            uid_mappings=users[:1] if users is not None else (),
+            gid_mappings=users[1:] if users is not None else (),
             devices=nodes,
             cgroups_path=cgroups.path(inputs.pod.linux.cgroup_parent, inputs.container_id, inputs.host.cgroup_driver),
             resources=resources.build(config.linux.resources, inputs.host, devices=rules),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cri.errors import InvalidArgument, RROUnsupported, Unimplemented
-from cri.spec import strings
+from cri.errors import FailedPrecondition, InvalidArgument, RROUnsupported, Unimplemented
+from cri.spec import namespaces, strings
 from cri.spec.inputs import ContainerInputs, HostFacts
 from protos.runtime.v1 import api_pb2 as v1
 from shim.oci import spec as oci
@@ -42,13 +42,14 @@ class Mounts:
 def build(inputs: ContainerInputs) -> Mounts:
     """All mounts, shallow ones first among equals of a kind, so that a deep one is never hidden by one that contains it."""
     context = inputs.config.linux.security_context
+    users = namespaces.user_mappings(inputs.pod.linux.security_context.namespace_options)
     requested = [_requested(m, f"config.mounts[{i}]", inputs) for i, m in enumerate(inputs.config.mounts)]
     taken = {m.destination for m in requested}
     extra: dict[str, oci.Mount] = {}
     # Later sources give way to earlier ones: the pod's files, then its shared memory, then the image's volumes.
     for mount in (*_files(inputs), *_shm(inputs), *_volumes(inputs.volumes)):
         if mount.destination not in taken:
-            extra.setdefault(mount.destination, mount)
+            extra.setdefault(mount.destination, _of_the_pod(mount, users))
     merged = sorted((*requested, *extra.values()), key=lambda m: _depth(m.destination))
     taken |= extra.keys()
     defaults = [m for m in DEFAULTS if m.destination not in taken and not ("/dev" in taken and m.destination.startswith("/dev/"))]
@@ -62,6 +63,13 @@ def _writable(mount: oci.Mount) -> oci.Mount:
     if mount.type not in ("sysfs", "cgroup"):
         return mount
     return oci.Mount(mount.destination, mount.type, mount.source, tuple("rw" if o == "ro" else o for o in mount.options))
+
+
+def _of_the_pod(mount: oci.Mount, users: tuple[oci.IDMapping, oci.IDMapping] | None) -> oci.Mount:
+    """What we made for the pod looks its root's in its user namespace."""
+    if users is None or not mount.source.startswith("/") or mount.destination == "/dev/shm":
+        return mount
+    return replace(mount, uid_mappings=users[:1], gid_mappings=users[1:])
 
 
 def _depth(destination: str) -> int:
@@ -117,14 +125,12 @@ def _requested(mount: v1.Mount, field: str, inputs: ContainerInputs) -> oci.Moun
         _check_source(mount, source, field, inputs.host)
         options.append(_access(mount, field, inputs.host))
     options += _extra_options(mount.mount_options, f"{field}.mount_options")
-    return oci.Mount(
-        destination,
-        "bind",
-        source,
-        tuple(options),
-        uid_mappings=_mappings(mount.uidMappings, f"{field}.uidMappings"),
-        gid_mappings=_mappings(mount.gidMappings, f"{field}.gidMappings"),
-    )
+    uids, gids = _mappings(mount.uidMappings, f"{field}.uidMappings"), _mappings(mount.gidMappings, f"{field}.gidMappings")
+    if bool(uids) != bool(gids):
+        raise InvalidArgument("set without the other kind", field=f"{field}.{'uidMappings' if uids else 'gidMappings'}")
+    if uids and inputs.host.no_user_namespaces:
+        raise FailedPrecondition(f"{field}.uidMappings: {inputs.host.no_user_namespaces}")
+    return oci.Mount(destination, "bind", source, tuple(options), uid_mappings=uids, gid_mappings=gids)
 
 
 def _propagation(mount: v1.Mount, field: str) -> str:
@@ -169,9 +175,7 @@ def _extra_options(options: Iterable[str], field: str) -> list[str]:
 
 
 def _mappings(mappings: Iterable[v1.IDMapping], field: str) -> tuple[oci.IDMapping, ...]:
-    if any(True for _ in mappings):
-        raise Unimplemented(f"{field}: idmapped mounts come with user namespaces, which are not built yet")
-    return ()
+    return tuple(namespaces.id_mapping(mapping, f"{field}[{i}]") for i, mapping in enumerate(mappings))
 
 
 def _root_propagation(mounts: Iterable[v1.Mount]) -> str:

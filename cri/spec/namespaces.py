@@ -1,10 +1,13 @@
-"""Which namespaces a container gets: the pod's, its own, another container's or the host's."""
+"""Which namespaces a container gets: the pod's, its own, another container's or the host's; and the pod's user namespace's ids."""
 
 from __future__ import annotations
 
-from cri.errors import InvalidArgument, Unimplemented
+from collections.abc import Sequence
+
+from cri.errors import InvalidArgument
 from protos.runtime.v1 import api_pb2 as v1
-from shim.oci.spec import Namespace, NamespaceType
+from shim.oci.spec import IDMapping, Namespace, NamespaceType
+from shim.oci.validate import MAX_ID
 
 _OPTIONS = "linux.security_context.namespace_options"
 
@@ -14,8 +17,11 @@ def of_container(container: v1.NamespaceOption, pod: v1.NamespaceOption, *, own_
 
     UTS goes with the network: a pod in the host's network has the host's name.
     """
-    refuse_user_namespace(container, "config")
     wanted = [Namespace(NamespaceType.MOUNT)]
+    if user_mappings(pod) is not None:
+        wanted.append(Namespace(NamespaceType.USER, "pod:user"))
+    if container.HasField("userns_options") and user_mappings(container) != user_mappings(pod):
+        raise InvalidArgument("not the sandbox's", field=f"config.{_OPTIONS}.userns_options")
     if pod.network != v1.NODE:
         wanted += [Namespace(NamespaceType.NETWORK, "pod:network"), Namespace(NamespaceType.UTS, "pod:uts")]
     if pod.ipc != v1.NODE:
@@ -46,7 +52,6 @@ def _pid(container: v1.NamespaceOption, pod: v1.NamespaceOption) -> Namespace | 
 
 def of_pod(pod: v1.NamespaceOption) -> tuple[NamespaceType, ...]:
     """The namespaces that exist once per pod."""
-    refuse_user_namespace(pod, "config")
     for name, mode in (("network", pod.network), ("ipc", pod.ipc)):
         if mode not in (v1.POD, v1.NODE):
             raise InvalidArgument(f"{v1.NamespaceMode.Name(mode)} is not a choice for a pod", field=f"config.{_OPTIONS}.{name}")
@@ -59,13 +64,46 @@ def of_pod(pod: v1.NamespaceOption) -> tuple[NamespaceType, ...]:
         wanted.append(NamespaceType.IPC)
     if pod.pid == v1.POD:
         wanted.append(NamespaceType.PID)
+    if user_mappings(pod) is not None:
+        if pod.pid == v1.NODE:
+            raise InvalidArgument("NODE, which a user namespace excludes: /proc would be the host's", field=f"config.{_OPTIONS}.pid")
+        wanted.append(NamespaceType.USER)
     return tuple(wanted)
 
 
-def refuse_user_namespace(options: v1.NamespaceOption, prefix: str) -> None:
-    """User namespaces come with idmapped roots; until then a pod that asks for one must not run without."""
-    users = options.userns_options
-    if options.HasField("userns_options") and users.mode != v1.NODE:
-        raise Unimplemented(f"{prefix}.{_OPTIONS}.userns_options: user namespaces are not built yet")
-    if users.uids or users.gids:
-        raise InvalidArgument("mappings without a user namespace", field=f"{prefix}.{_OPTIONS}.userns_options")
+def user_mappings(pod: v1.NamespaceOption) -> tuple[IDMapping, IDMapping] | None:
+    """How the uids and gids of the pod's user namespace are mapped; None where it is in the host's.
+
+    One mapping from container id 0 on, the same for both kinds, is what the kubelet makes and containerd takes.
+    """
+    users, field = pod.userns_options, f"config.{_OPTIONS}.userns_options"
+    if not pod.HasField("userns_options"):
+        return None
+    if users.mode == v1.NODE:
+        if users.uids or users.gids:
+            raise InvalidArgument("mappings without a user namespace (mode NODE)", field=field)
+        return None
+    if users.mode != v1.POD:
+        name = v1.NamespaceMode.Name(users.mode) if users.mode in v1.NamespaceMode.values() else str(users.mode)
+        raise InvalidArgument(f"{name} is not a choice for a user namespace", field=f"{field}.mode")
+    uids, gids = (_only_mapping(m, f"{field}.{name}") for name, m in (("uids", users.uids), ("gids", users.gids)))
+    if uids != gids:
+        raise InvalidArgument("is not the mapping of uids", field=f"{field}.gids")
+    return uids, gids
+
+
+def _only_mapping(mappings: Sequence[v1.IDMapping], field: str) -> IDMapping:
+    if len(mappings) != 1:
+        raise InvalidArgument(f"{len(mappings)} mappings, and exactly one is supported", field=field)
+    return id_mapping(mappings[0], f"{field}[0]", from_root=True)
+
+
+def id_mapping(mapping: v1.IDMapping, field: str, *, from_root: bool = False) -> IDMapping:
+    """One mapping, checked against the range of ids."""
+    if mapping.length < 1:
+        raise InvalidArgument("must be at least 1", field=f"{field}.length")
+    if from_root and mapping.container_id != 0:
+        raise InvalidArgument("must be 0: root has to be mapped", field=f"{field}.container_id")
+    if max(mapping.host_id, mapping.container_id) + mapping.length - 1 > MAX_ID:
+        raise InvalidArgument("the last id is out of range", field=f"{field}.length")
+    return IDMapping(mapping.container_id, mapping.host_id, mapping.length)

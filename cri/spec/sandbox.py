@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from cri.errors import InvalidArgument
+from cri.errors import FailedPrecondition, InvalidArgument
 from cri.spec import cgroups, files, namespaces
 from cri.spec.inputs import HandlerConfig, HostFacts
 from protos.runtime.v1 import api_pb2 as v1
@@ -16,10 +16,22 @@ SHM_SIZE = 64 << 20
 _SYSCTLS = "config.linux.sysctls"
 
 
-def build(pod_id: str, config: v1.PodSandboxConfig, *, netns_path: str, host: HostFacts, handler: HandlerConfig | None = None) -> Sandbox:
-    """``Sandbox`` of a pod; ``netns_path`` is where its network namespace will be pinned, unused with the host's network."""
+def build(
+    pod_id: str,
+    config: v1.PodSandboxConfig,
+    *,
+    netns_path: str,
+    userns_path: str = "",
+    host: HostFacts,
+    handler: HandlerConfig | None = None,
+) -> Sandbox:
+    """``Sandbox`` of a pod; ``netns_path`` is where its network namespace will be pinned, unused with the host's network, and
+    ``userns_path`` its user namespace, unused without one and where the network namespace leads to it."""
     options = config.linux.security_context.namespace_options
     kinds = namespaces.of_pod(options)
+    mappings = namespaces.user_mappings(options)
+    if mappings is not None and host.no_user_namespaces:
+        raise FailedPrecondition(f"config.linux.security_context.namespace_options.userns_options: {host.no_user_namespaces}")
     own_network = NamespaceType.NETWORK in kinds
     parent = config.linux.cgroup_parent
     cgroups_path = cgroups.path(parent, pod_id, host.cgroup_driver)  # checks the parent even where nothing of ours goes below it
@@ -29,6 +41,9 @@ def build(pod_id: str, config: v1.PodSandboxConfig, *, netns_path: str, host: Ho
         hostname=files.pod_hostname(config, host) if NamespaceType.UTS in kinds else "",
         netns_path=netns_path if own_network else "",
         sysctl=sysctls(config, kinds, handler or HandlerConfig()),
+        userns_path=userns_path if mappings is not None and not own_network else "",
+        uid_mappings=mappings[:1] if mappings is not None else (),
+        gid_mappings=mappings[1:] if mappings is not None else (),
         shm_size=SHM_SIZE if NamespaceType.IPC in kinds else 0,
         cgroups_path=cgroups_path if NamespaceType.PID in kinds else "",
     )

@@ -59,6 +59,10 @@ class Layout:
         """The pin of the pod's network namespace."""
         return self.namespaces / pod_id
 
+    def userns(self, pod_id: str) -> Path:
+        """The pin of the pod's user namespace, where the host's network leaves nothing else to find it by."""
+        return self.state / "userns" / pod_id
+
     def prepare(self) -> None:
         """Make the directories; one that others may enter is repaired."""
         for directory in (
@@ -70,6 +74,7 @@ class Layout:
             self.pods,
             self.bundles,
             self.namespaces,
+            self.state / "userns",
         ):
             directory.mkdir(parents=True, exist_ok=True)
             os.chmod(directory, 0o700)

@@ -72,6 +72,8 @@ _NUMBERS = {
     "sched_setattr": (314, 274),
     "seccomp": (317, 277),
     "setdomainname": (171, 162),
+    "setfsgid": (123, 152),
+    "setfsuid": (122, 151),
     "sethostname": (170, 161),
     "setns": (308, 268),
     "umount2": (166, 39),
@@ -256,6 +258,13 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
     low = 0xFFFFFFFF
     data = _cap_data.pack(effective & low, permitted & low, inheritable & low, effective >> 32, permitted >> 32, inheritable >> 32)
     syscall(NR["capset"], _CAPABILITY_HEADER, data)
+
+
+def setfsids(uid: int, gid: int) -> None:
+    """The ids that file systems see. Leaving uid 0 takes the file capabilities out of the effective set. The kernel reports no failure,
+    and an id that the caller's user namespace does not map changes nothing."""
+    syscall(NR["setfsgid"], gid)
+    syscall(NR["setfsuid"], uid)
 
 
 # ---- execve

@@ -96,6 +96,8 @@ def validate_sandbox(sandbox: Sandbox) -> None:
     _hostname("hostname", sandbox.hostname, NamespaceType.UTS in kinds)
     if NamespaceType.NETWORK in kinds:
         _absolute("netnsPath", sandbox.netns_path)
+    if NamespaceType.USER in kinds and NamespaceType.NETWORK not in kinds:
+        _absolute("usernsPath", sandbox.userns_path)  # else it is found through the network namespace
     if sandbox.shm_size < 0:
         _no("shmSize", "negative")
     if sandbox.cgroups_path:
@@ -298,6 +300,8 @@ def _namespaces(namespaces: Iterable[Namespace]) -> set[NamespaceType]:
 def _user_namespace(own: bool, uids: tuple[IDMapping, ...], gids: tuple[IDMapping, ...], at: str) -> None:
     if not own and (uids or gids):
         _no(f"{at}uidMappings", "id mappings without a user namespace")
+    if own and not (uids and gids):
+        _no(f"{at}uidMappings", "a user namespace needs uid and gid mappings")
     _mappings(f"{at}uidMappings", uids)
     _mappings(f"{at}gidMappings", gids)
 

@@ -19,6 +19,29 @@ def id_map(mappings: Sequence[IDMapping]) -> bytes:
     return "".join(f"{r.container_id} {r.host_id} {r.size}\n" for r in mappings).encode()
 
 
+def host_id(mappings: Sequence[IDMapping], number: int) -> int | None:
+    """What a container's id is outside; None where it is not mapped."""
+    return next((r.host_id + number - r.container_id for r in mappings if r.container_id <= number < r.container_id + r.size), None)
+
+
+def root_ids(mappings: Mappings) -> tuple[int, int]:
+    """The uid and gid outside of root inside. Raises Failure where root is not mapped: nothing could be set up for the container."""
+    uid, gid = (host_id(part, 0) for part in mappings)
+    if uid is None or gid is None:
+        raise Failure("user namespace", message="container id 0 is not mapped", path="uidMappings")
+    return uid, gid
+
+
+def write_maps(proc: int, pid: int, mappings: Mappings) -> None:
+    """Give the user namespace of ``pid`` its maps, through the procfs root ``proc``, by a process of the parent user namespace."""
+    for name, part in zip(("uid_map", "gid_map"), mappings, strict=True):
+        fd = os.open(f"{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+        try:
+            os.write(fd, id_map(part))
+        finally:
+            os.close(fd)
+
+
 def user_namespace(mappings: Mappings) -> int:
     """An fd of a new user namespace with those maps and no process in it; for a process with one thread that sees a /proc."""
     uids, gids = mappings
@@ -30,17 +53,16 @@ def user_namespace(mappings: Mappings) -> int:
         os.close(release)
         os.read(hold, 1)
         os._exit(0)
+    proc = -1
     try:
-        for name, data in (("uid_map", id_map(uids)), ("gid_map", id_map(gids))):
-            fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                os.write(fd, data)
-            finally:
-                os.close(fd)
-        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        write_maps(proc, pid, mappings)
+        return os.open(f"{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
     except OSError as error:
         raise Failure.wrap("create container", "idmap", error) from None
     finally:
+        if proc >= 0:
+            os.close(proc)
         os.close(release)
         os.close(hold)
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
@@ -66,6 +88,10 @@ class Namespaces:
 
     def of_root(self) -> int | None:
         return None if self._root is None else self.of(self._root)
+
+    def root_ids(self) -> tuple[int, int]:
+        """What root of the container is outside."""
+        return (0, 0) if self._root is None else root_ids(self._root)
 
     def close(self) -> None:
         for fd in self._own:

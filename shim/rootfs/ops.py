@@ -86,7 +86,9 @@ def prepare(ops: Sequence[Op], recipe: Recipe, *, shm_fd: int | None = None, use
                     raise _failed("mount source", error, op.source) from None
             elif isinstance(op, Filesystem) and op.on_the_host:
                 try:
-                    prepared.mounts[index] = m.new_filesystem(op.fstype, op.options, op.attributes)
+                    prepared.mounts[index] = fd = m.new_filesystem(op.fstype, op.options, op.attributes & ~_late(op))
+                    if op.tree:
+                        devices.build(fd, op.tree)
                 except OSError as error:
                     raise _failed(f"mount {op.fstype}", error, op.destination) from None
             elif isinstance(op, Mask) and not any(isinstance(o, Filesystem) and o.destination == "/dev" for o in ops):
@@ -94,7 +96,10 @@ def prepare(ops: Sequence[Op], recipe: Recipe, *, shm_fd: int | None = None, use
                 if os.fstat(prepared.null.fd).st_rdev != os.makedev(1, 3):
                     raise Failure(_PHASE, "mask", path="/dev/null", message="is not the null device")
         # Last, because with many layers on an old kernel it leaves the host's mount namespace.
-        prepared.root = overlay.root_mount(recipe, namespaces.of_root())
+        if (userns := namespaces.of_root()) is None:
+            prepared.root = overlay.root_mount(recipe)
+        else:
+            prepared.root = overlay.root_mount(recipe, userns, namespaces.root_ids())
     except BaseException:
         prepared.close()
         raise
@@ -112,6 +117,8 @@ def _prepare_bind(prepared: Prepared, index: int, op: Bind, shm_fd: int | None, 
     else:
         if op.propagation in (m.MS_SHARED, m.MS_SLAVE):
             _require_peers(op)
+        if op.device is not None:
+            _require_device(op.source, op.device)
         flags = m.OPEN_TREE_CLONE | m.AT_RECURSIVE if op.recursive else m.OPEN_TREE_CLONE
         prepared.mounts[index] = fd = m.open_tree(m.AT_FDCWD, op.source, flags)
         if stat.S_ISDIR(os.fstat(fd).st_mode):
@@ -129,6 +136,13 @@ def _prepare_bind(prepared: Prepared, index: int, op: Bind, shm_fd: int | None, 
         m.mount_setattr(fd, userns_fd=namespaces.of(op.mappings), recursive=op.mappings_recursive)
 
 
+def _require_device(source: str, device: tuple[int, int]) -> None:
+    """A name in the container need not be the device's name on the host, and must not bring in whatever else has that name there."""
+    status = os.stat(source)
+    if (stat.S_IFMT(status.st_mode), status.st_rdev) != device:
+        raise Failure(_PHASE, "device", path=source, message="is another device, or none, on the host and cannot be bound")
+
+
 def _require_peers(op: Bind) -> None:
     """Propagation from or to a mount that has no peers would be silently none at all: the kubelet's user expects an error."""
     source = os.open(op.source, os.O_PATH | os.O_CLOEXEC)
@@ -144,6 +158,17 @@ def _require_peers(op: Bind) -> None:
 
 
 # ---- in the container's mount namespace
+
+
+def make_visible(ops: Sequence[Op], prepared: Prepared, *, proc_fd: int | None = None) -> None:
+    """Make the file systems that a user namespace may have only where such a one can be seen, which the root change ends: before it, in
+    all of the container's namespaces. ``proc_fd`` as for ``attach``."""
+    for index, op in enumerate(ops):
+        if isinstance(op, Filesystem) and op.must_be_visible and not (op.fstype == "proc" and proc_fd is not None):
+            try:
+                prepared.mounts[index] = m.new_filesystem(op.fstype, op.options, op.attributes)
+            except OSError as error:
+                raise _failed(_verb(op), error, op.destination) from None
 
 
 def attach_root(prepared: Prepared) -> int:
@@ -233,16 +258,16 @@ def _attach_bind(prepared: Prepared, rootfd: int, index: int, op: Bind) -> None:
 
 
 def _attach_filesystem(prepared: Prepared, rootfd: int, index: int, op: Filesystem, proc_fd: int | None) -> None:
-    late = op.attributes & m.MOUNT_ATTR_RDONLY and op.fstype == "tmpfs"
-    attributes = op.attributes & ~m.MOUNT_ATTR_RDONLY if late else op.attributes
-    if op.on_the_host:
+    late = _late(op)
+    attributes = op.attributes & ~late
+    if index in prepared.mounts:
         fd = prepared.mounts.pop(index)
     elif op.fstype == "proc" and proc_fd is not None:
         fd = os.dup(proc_fd)
         m.mount_setattr(fd, set=attributes)
     else:
         fd = m.new_filesystem(op.fstype, op.options, attributes)
-    if op.tree:
+    if op.tree and not op.on_the_host:
         devices.build(fd, op.tree)
     target = _target(prepared, rootfd, op.destination, directory=True)
     if op.copyup:
@@ -259,6 +284,11 @@ def _attach_filesystem(prepared: Prepared, rootfd: int, index: int, op: Filesyst
         prepared.own[op.destination] = fd, frozenset(node.path for node in op.tree if node.kind != stat.S_IFLNK)
     elif not late:
         os.close(fd)
+
+
+def _late(op: Filesystem) -> int:
+    """The read-only attribute of a tmpfs, which first gets mount points and the like."""
+    return op.attributes & m.MOUNT_ATTR_RDONLY if op.fstype == "tmpfs" else 0
 
 
 def _target(prepared: Prepared, rootfd: int, destination: str, *, directory: bool) -> int:

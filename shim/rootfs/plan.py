@@ -6,8 +6,8 @@ Nothing here looks at the machine. ``ops`` executes the list: host paths become 
 from __future__ import annotations
 
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -18,6 +18,7 @@ from shim.oci.spec import Device, IDMapping, Linux, Mount, NamespaceType, Proces
 from shim.oci.spec import Root as SpecRoot
 from shim.rootfs import devices
 from shim.rootfs.devices import Node
+from shim.rootfs.idmap import host_id, root_ids
 from shim.rootfs.options import PROPAGATION, Options, parse
 
 SHM = "pod:shm"  # source of the pod's shared /dev/shm, which arrives as an fd
@@ -44,11 +45,17 @@ class Filesystem:
     tree: tuple[Node, ...] = ()
     copyup: bool = False
     propagation: int = 0
+    outside: bool = False  # made in the initial user namespace, where device nodes may be made; the ids in it are the host's
 
     @property
     def on_the_host(self) -> bool:
-        """Whether its source is a device or a server that has to be found before the root changes."""
-        return self.fstype not in _NAMESPACED
+        """Whether it has to be made before the root changes: also if its source is a device or a server."""
+        return self.outside or self.fstype not in _NAMESPACED
+
+    @property
+    def must_be_visible(self) -> bool:
+        """In a user namespace the kernel makes these only where the mount namespace shows one already (mount_too_revealing)."""
+        return self.fstype in ("proc", "sysfs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,7 @@ class Bind:
     mappings: Mappings | None = None
     mappings_recursive: bool = False
     copyup: bool = False
+    device: tuple[int, int] | None = None  # (S_IF…, number) that the source must be, where it stands for a node of the specification
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +126,14 @@ def plan(
     cgroup_paths: Mapping[str, str] = MappingProxyType({}),
     mknod: bool = True,
 ) -> tuple[Op, ...]:
-    """The operations, in order. ``cgroup_paths``: the container's directories by controller (version 1). Without ``mknod``, or with a
-    user namespace, device nodes are bound from the host. Raises Failure naming the mount that cannot be."""
+    """The operations, in order. ``cgroup_paths``: the container's directories by controller (version 1). Without ``mknod`` device nodes
+    are bound from the host. With a user namespace /dev is made outside of it, where mknod works.
+    Raises Failure naming the mount that cannot be."""
     if recipe.type not in ("overlay", "bind"):
         raise Failure("plan root", message=f"unknown recipe type {recipe.type!r}")
     linux = spec.linux
     userns = spec.namespace(NamespaceType.USER) is not None
-    builder = _Builder(spec, userns, mknod and not userns, cgroup_version, cgroup_paths)
+    builder = _Builder(spec, userns, mknod, cgroup_version, cgroup_paths)
     mappings = (linux.uid_mappings, linux.gid_mappings) if userns and linux.uid_mappings else None
     propagation = PROPAGATION.get(linux.rootfs_propagation or "private")
     if propagation is None:
@@ -233,7 +242,8 @@ class _Builder:
         if kind not in _ALLOWED_ON.get(destination, (kind,)):
             raise Failure("plan root", "mount", path=destination, message=f"may not be a {kind}")
         if self.userns and (host := self._of_the_host(kind)):
-            self.ops.append(Bind(destination, host, True, recursive_set=m.MOUNT_ATTR_RDONLY | options.set))
+            # Without what the host has mounted below: other containers' file systems, its cgroups, debugfs.
+            self.ops.append(Bind(destination, host, False, options.set | m.MOUNT_ATTR_RDONLY))
             return
         data = {"source": mount.source or kind, **options.data}
         if kind == "devpts" and self.userns and not _maps(self.spec.linux, data.get("gid")):
@@ -241,13 +251,15 @@ class _Builder:
         if self.spec.linux.mount_label and kind in ("tmpfs", "mqueue", "devpts"):
             data.setdefault("context", self.spec.linux.mount_label)
         tree: tuple[Node, ...] = ()
+        outside = False
         if destination == "/dev":
             tree = self._dev_tree()
-        self.ops.append(
-            Filesystem(
-                destination, kind, data, options.set | options.recursive_set, tree, options.copyup and kind == "tmpfs", options.propagation
-            )
-        )
+            if self.userns and kind == "tmpfs":
+                outside, tree = True, tuple(self._outside(tree))
+                uid, gid = root_ids((self.spec.linux.uid_mappings, self.spec.linux.gid_mappings))
+                data |= {"uid": str(uid), "gid": str(gid)}
+        copyup, attributes = options.copyup and kind == "tmpfs", options.set | options.recursive_set
+        self.ops.append(Filesystem(destination, kind, data, attributes, tree, copyup, options.propagation, outside))
         if tree and not self.mknod:
             self._bound_devices()
 
@@ -270,11 +282,18 @@ class _Builder:
             return tree
         return tuple(Node(n.path, stat.S_IFREG, 0o666) if _is_device(n) else n for n in tree)
 
+    def _outside(self, tree: tuple[Node, ...]) -> Iterator[Node]:
+        """The entries with the ids that they have outside of the user namespace; those of ids that it does not map stay the host's."""
+        linux = self.spec.linux
+        for node in tree:
+            uid, gid = host_id(linux.uid_mappings, node.uid), host_id(linux.gid_mappings, node.gid)
+            yield replace(node, uid=node.uid if uid is None else uid, gid=node.gid if gid is None else gid)
+
     def _bound_devices(self) -> None:
         nodes = devices.dev_tree(self._own_devices(), ())
         for node in nodes:
             if _is_device(node):
-                self.ops.append(Bind(f"/dev/{node.path}", f"/dev/{node.path}", False, set=m.MOUNT_ATTR_NOSUID | m.MOUNT_ATTR_NOEXEC))
+                self.ops.append(_bound_device(f"/dev/{node.path}", node))
 
     def other_devices(self) -> None:
         """Devices of the specification that are not in /dev."""
@@ -282,10 +301,11 @@ class _Builder:
             path = normal(device.path, "device")
             if path.startswith("/dev/"):
                 continue
-            if self.mknod:
-                self.ops.append(MakeNode(path, devices.node(device, path.rpartition("/")[2])))
+            node = devices.node(device, path.rpartition("/")[2])
+            if self.mknod and not self.userns:
+                self.ops.append(MakeNode(path, node))
             else:
-                self.ops.append(Bind(path, path, False, set=m.MOUNT_ATTR_NOSUID | m.MOUNT_ATTR_NOEXEC))
+                self.ops.append(_bound_device(path, node))
 
     def _cgroup(self, destination: str, options: Options) -> None:
         """The container's own view of its control groups: read-only unless the specification says rw (CVE-2023-25809)."""
@@ -319,6 +339,10 @@ def _cgroup1_view(destination: str, paths: Mapping[str, str], attributes: int) -
 
 def _is_bind(mount: Mount, options: Options) -> bool:
     return options.bind or mount.type == "bind" or mount.source == SHM
+
+
+def _bound_device(path: str, node: Node) -> Bind:
+    return Bind(path, path, False, set=m.MOUNT_ATTR_NOSUID | m.MOUNT_ATTR_NOEXEC, device=(node.kind, node.device))
 
 
 def _is_device(node: Node) -> bool:

@@ -51,7 +51,7 @@ class Container:
 
     def __call__(self, channel: Channel) -> None:
         launch.die_with_supervisor()
-        proc = None if self.target is None else namespaces.proc_of(self.target)  # before the heap holds any secret
+        proc = None if self.target is None else namespaces.proc_of(self.target, self.context.proc)  # before the heap holds any secret
         spec, recipe = bundles.load_spec(self.bundle), bundles.load_recipe(self.bundle)
         validate.validate(spec)
         start_clean(self.context, spec.process.oom_score_adj)
@@ -67,6 +67,7 @@ class Stage1:
     proc: int | None
     group: Group = field(init=False)
     oom_fds: list[int] = field(init=False)
+    kept_fd: int = field(init=False)
 
     def run(self) -> None:
         spec, context = self.spec, self.job.context
@@ -75,17 +76,22 @@ class Stage1:
         self.group = cgroups.create(context.layout, spec.linux.cgroups_path, spec.linux.resources)
         self.channel.note("cgroup", self.group.to_json())  # so that a failure names what there is to remove
         self.oom_fds = oom.watch(self.group)
+        user = namespaces.user_namespace(spec, self.job.pod)
+        if stdio is not None and kept_.root is not None:
+            inside.give_stdio(stdio, kept_.root)
+        self.kept_fd = kept.create(self.job.bundle)
         shm = self._pod_mounts()
         paths = self.group.paths if self.group.version == 1 else {}
         operations = rootfs_plan.plan(spec, self.recipe, cgroup_version=self.group.version, cgroup_paths=paths)
-        prepared = rootfs.prepare(operations, self.recipe, shm_fd=shm)
+        prepared = rootfs.prepare(operations, self.recipe, shm_fd=shm, userns_fd=user)
         pid_mode = namespaces.pid_mode(spec)
-        # Last of what needs host paths, so that little of ours is charged to the container.
-        birthplace = cgroups.open_dir(self.group) if pid_mode is namespaces.PidMode.NEW else None
+        # Last of what needs host paths, so that little of ours is charged to the container. Being born there takes the right to write to
+        # the group, which is the host's: not from within a user namespace.
+        birthplace = cgroups.open_dir(self.group) if pid_mode is namespaces.PidMode.NEW and user is None else None
         if birthplace is None:
             cgroups.join(self.group)
         namespaces.join(spec, self.job.pod, self.job.target)
-        namespaces.new_mount_namespace(self.job.pod.mount)
+        namespaces.new_mount_namespace(self.job.pod.mount, user)
 
         def build() -> tuple[Final, int | None]:
             return self._build(operations, prepared, stdio, kept_, own_pid=pid_mode is namespaces.PidMode.NEW)
@@ -118,12 +124,6 @@ class Stage1:
         pid, pidfd = libc.clone3(flags, exit_signal=0, pidfd=True, cgroup=birthplace, parent_tid_address=address)
         if pid == 0:
             self._init(build)
-
-    def _init(self, build: namespaces.Build) -> NoReturn:
-        code = 127
-        try:
-            final, master = build()
-            self._announce(self.job.context.slots.pid(self.job.slot), final, master)
         if pins_ is not None and self._pins_itself:
             pins.pin(pins_, self.job.id, pidfd)
 
@@ -131,6 +131,12 @@ class Stage1:
     def _pins_itself(self) -> bool:
         """Whether this launch pins its process: not one that is forked after all privileges are gone."""
         return namespaces.pid_mode(self.spec) is namespaces.PidMode.NEW and self.spec.namespace(NamespaceType.USER) is None
+
+    def _init(self, build: namespaces.Build) -> NoReturn:
+        code = 127
+        try:
+            final, master = build()
+            self._announce(self.job.context.slots.pid(self.job.slot), final, master)
             self._await_start(final)
             final.run(self.channel)
         except BaseException as error:
@@ -158,6 +164,8 @@ class Stage1:
         if (new := spec.namespace(NamespaceType.CGROUP)) is not None and not new.path:
             libc.unshare(libc.CLONE_NEWCGROUP)
         self._host_hooks(own_pid)
+        if kept_.root is not None:
+            rootfs.make_visible(operations, prepared, proc_fd=self.proc)
         rootfd = rootfs.attach_root(prepared)
         rootfs.attach(operations, prepared, rootfd, proc_fd=self.proc)
         hooks.create_container(spec, rootfd, self.job.context.host_mntns, self.job.id, self.job.bundle_path)
@@ -165,7 +173,7 @@ class Stage1:
         if spec.linux.sysctl:
             sysctl.apply(self.job.context.proc, spec.linux.sysctl)
         resolved = inside.resolve_user(spec.process, rootfd)
-        kept.store(self.job.bundle, replace(kept_, home=resolved.home))
+        kept.store(self.kept_fd, replace(kept_, home=resolved.home))
         process = replace(spec.process, user=resolved.user)
         final, master = Final.prepare(process, resolved.home, rootfd, stdio, kept_.filter())
         if spec.process.terminal:

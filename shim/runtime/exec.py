@@ -17,7 +17,7 @@ from shim.errors import Failure
 from shim.linux import libc
 from shim.oci import codec
 from shim.oci.spec import Process
-from shim.runtime import inside, kept, launch
+from shim.runtime import inside, kept, launch, userns
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 from shim.runtime.final import Final, start_clean
@@ -58,8 +58,14 @@ class Exec:
         container = kept.load(self.bundle)
         if not self.in_cgroup:
             cgroups.join(self.group)
+        if container.root is not None and stdio is not None:
+            inside.give_stdio(stdio, container.root)
         try:
-            libc.setns(self.init, _NAMESPACES)
+            if container.root is None:
+                libc.setns(self.init, _NAMESPACES)
+            else:
+                libc.setns(self.init, _NAMESPACES | libc.CLONE_NEWUSER)  # all of them or none, by our rights outside
+                userns.become_root()
         except OSError as error:
             raise Failure.wrap("exec", "join namespaces", error) from None
         rootfd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

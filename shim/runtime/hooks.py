@@ -154,6 +154,9 @@ def create_container(spec: Spec, rootfd: int, host_mntns: int, container_id: str
     hooks = of_stage(spec, "createContainer")
     if not hooks:
         return
+    if spec.linux.uid_mappings:
+        # They see the host's files, and a process in a user namespace cannot enter the host's mount namespace.
+        raise Failure("hook", "createContainer", message="cannot be run for a container in a user namespace", path="hooks.createContainer")
     tree = mount.clone_mount(rootfd, recursive=True)
     payload = state(spec, container_id, "creating", 0, bundle_path)
     read, write = os.pipe()

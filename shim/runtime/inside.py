@@ -137,6 +137,13 @@ def own_stdio(fds: tuple[int, ...], user: User) -> None:
             os.fchown(fd, user.uid, -1)
 
 
+def give_stdio(fds: tuple[int, ...], root: tuple[int, int]) -> None:
+    """Give FIFOs to root of a user namespace before joining it: what is not mapped there can not be given to anybody from inside."""
+    for fd in fds:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, *root)
+
+
 def place_stdio(fds: tuple[int, int, int]) -> None:
     """Make the three fds 0, 1 and 2, inheritable. Sources lie above 2."""
     for number, fd in enumerate(fds):

@@ -12,6 +12,7 @@ from typing import TypeAlias
 from shim.errors import Failure
 from shim.linux import libc, mount
 from shim.oci.spec import NamespaceType, Spec
+from shim.runtime import userns
 from shim.runtime.context import PodHandles
 from shim.runtime.final import Final
 
@@ -25,8 +26,9 @@ FLAGS = {
     NamespaceType.PID: libc.CLONE_NEWPID,
     NamespaceType.TIME: libc.CLONE_NEWTIME,
 }
-# Mount and cgroup namespaces come later: the one from the pod's small one, the other once the process is in its cgroup.
-_LATER = frozenset({NamespaceType.MOUNT, NamespaceType.CGROUP})
+# Later: the mount namespace, from the pod's small one; the user namespace with it, after everything that the host's owns; the cgroup
+# namespace once the process is in its cgroup.
+_LATER = frozenset({NamespaceType.MOUNT, NamespaceType.CGROUP, NamespaceType.USER})
 
 
 class PidMode(Enum):
@@ -44,7 +46,7 @@ def pid_mode(spec: Spec) -> PidMode:
 
 
 def join(spec: Spec, pod: PodHandles, target: int | None) -> None:
-    """Join what the spec names and unshare what it wants new, except mount, cgroup and a new PID namespace.
+    """Join what the spec names and unshare what it wants new, except user, mount, cgroup and a new PID namespace.
 
     A joined PID namespace takes effect for children only. Raises Failure with the namespace's type.
     """
@@ -81,10 +83,24 @@ def _join_one(kind: NamespaceType, where: str, pod: dict[str, int], target: int 
         os.close(fd)
 
 
-def new_mount_namespace(pod_mount: int) -> None:
-    """A mount namespace with a copy of the pod's few mounts: its cost does not grow with the host's mount table."""
+def new_mount_namespace(pod_mount: int, user: int | None = None) -> None:
+    """A mount namespace with a copy of the pod's few mounts: its cost does not grow with the host's mount table. With ``user`` it belongs
+    to that user namespace, whose root this process is from then on."""
     libc.setns(pod_mount, libc.CLONE_NEWNS)
+    if user is not None:
+        libc.setns(user, libc.CLONE_NEWUSER)
+        userns.become_root()
     libc.unshare(libc.CLONE_NEWNS)
+
+
+def user_namespace(spec: Spec, pod: PodHandles) -> int | None:
+    """The pod's user namespace where the container is in it. Raises Failure for one of the container's own: it would own nothing."""
+    entry = spec.namespace(NamespaceType.USER)
+    if entry is None:
+        return None
+    if entry.path != "pod:user" or pod.user is None:
+        raise Failure("namespaces", "join user", path=entry.path, message="only the pod's user namespace can be joined")
+    return pod.user
 
 
 def set_names(spec: Spec) -> None:
@@ -98,14 +114,14 @@ def set_names(spec: Spec) -> None:
         libc.setdomainname(spec.domainname)
 
 
-def proc_of(target: int) -> int:
-    """A detached procfs of the PID namespace behind ``target`` (a pidfd or namespace fd).
+def proc_of(target: int, proc: int) -> int:
+    """A detached procfs of the PID namespace behind ``target`` (a pidfd or namespace fd); ``proc`` is a procfs of this process's.
 
     procfs belongs to the PID namespace of whoever opens it, and setns(2) moves only children there: so a child makes it. Call this
     before the process holds anything secret, because the child can be read from inside that namespace.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    before = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    before = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
     libc.setns(target, libc.CLONE_NEWPID)
     pid, pidfd = libc.clone3(0, pidfd=True)
     if pid == 0:

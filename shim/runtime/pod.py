@@ -19,21 +19,23 @@ from shim.oci import bundle as bundles
 from shim.oci import validate
 from shim.oci.sandbox import Sandbox
 from shim.oci.spec import NamespaceType
-from shim.runtime import launch, pid1, sysctl
+from shim.rootfs import idmap
+from shim.runtime import launch, namespaces, pid1, sysctl, userns
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 _NEW = {NamespaceType.NETWORK: libc.CLONE_NEWNET, NamespaceType.IPC: libc.CLONE_NEWIPC, NamespaceType.UTS: libc.CLONE_NEWUTS}
 _FILES = {NamespaceType.NETWORK: "net", NamespaceType.IPC: "ipc", NamespaceType.UTS: "uts"}
+_NOBODY = 65534
 
 
 @dataclass(frozen=True, slots=True)
 class Pod:
     """The job of ``pod.create``: ``{"ok": {"pid": 0 or that of PID 1, "fds": [names]}}``.
 
-    fds: ``mount`` always; ``network`` and ``netlink`` (a rtnetlink socket inside it), ``ipc``, ``uts`` where the pod has its own; ``pid``
-    and ``cgroup`` facts where its containers share a PID namespace.
+    fds: ``mount`` always; ``network`` and ``netlink`` (a rtnetlink socket inside it), ``ipc``, ``uts``, ``user`` where the pod has its
+    own; ``pid`` and ``cgroup`` facts where its containers share a PID namespace.
     """
 
     context: Context
@@ -48,9 +50,13 @@ class Pod:
         launch.die_with_supervisor()
         sandbox = bundles.load_sandbox(self.directory)
         validate.validate_sandbox(sandbox)
-        if NamespaceType.USER in sandbox.namespaces or sandbox.uid_mappings:
-            raise Failure("create pod", "namespaces", message="user namespaces are not built yet", path="namespaces")
         process.reset_inherited(self.context.inherited)
+        facts: dict[str, object] = {"pid": 0}
+        make = self._in_user_namespace if NamespaceType.USER in sandbox.namespaces else self._plain
+        fds = make(sandbox, channel, facts)
+        channel.send({"ok": {**facts, "fds": list(fds)}}, tuple(fds.values()))
+
+    def _plain(self, sandbox: Sandbox, channel: Channel, facts: dict[str, object]) -> dict[str, int]:
         flags = sum(_NEW[kind] for kind in sandbox.namespaces if kind in _NEW)
         libc.unshare(flags)
         fds = {kind.value: self._own(_FILES[kind]) for kind in sandbox.namespaces if kind in _FILES}
@@ -59,13 +65,39 @@ class Pod:
         if NamespaceType.NETWORK in sandbox.namespaces:
             fds["netlink"] = _bring_up_network(sandbox)
         sysctl.apply(self.context.proc, sandbox.sysctl)
-        facts: dict[str, object] = {"pid": 0}
         shares_pids = NamespaceType.PID in sandbox.namespaces
         birthplace = self._join_group(sandbox, channel, facts) if shares_pids and sandbox.cgroups_path else None
         fds["mount"] = self._mount_namespace(sandbox)
         if shares_pids:
             facts["pid"], fds["pid"] = self._pid1(sandbox, birthplace)
-        channel.send({"ok": {**facts, "fds": list(fds)}}, tuple(fds.values()))
+        return fds
+
+    def _in_user_namespace(self, sandbox: Sandbox, channel: Channel, facts: dict[str, object]) -> dict[str, int]:
+        """The same with everything but the mount namespace inside a new user namespace, which this process sets up but never joins."""
+        proc, mappings = self.context.proc, (sandbox.uid_mappings, sandbox.gid_mappings)
+        shares_pids = NamespaceType.PID in sandbox.namespaces
+        birthplace = self._join_group(sandbox, channel, facts) if shares_pids else None
+        fds = {"mount": self._mount_namespace(sandbox)}
+        if shares_pids:
+            facts["pid"], made = self._pid1_in_user_namespace(sandbox, birthplace)
+            fds |= made
+            procfs = namespaces.proc_of(fds["pid"], proc)
+        else:
+            fds |= userns.new(proc, mappings, sandbox.namespaces)
+            procfs = mount.new_proc()
+        userns.show(procfs)
+        for kind, flag in _NEW.items():
+            if kind in sandbox.namespaces:
+                libc.setns(fds[kind.value], flag)
+        libc.setns(self.context.host_mntns, libc.CLONE_NEWNS)
+        if NamespaceType.UTS in sandbox.namespaces and sandbox.hostname:
+            libc.sethostname(sandbox.hostname)
+        if NamespaceType.NETWORK in sandbox.namespaces:
+            fds["netlink"] = _bring_up_network(sandbox)
+        else:
+            pin(f"/proc/self/fd/{fds['user']}", sandbox.userns_path)
+        sysctl.apply(proc, sandbox.sysctl, owner=idmap.root_ids(mappings)[0])
+        return fds
 
     def _mount_namespace(self, sandbox: Sandbox) -> int:
         """A mount namespace for the pod with its /dev/shm at /shm; containers' namespaces start as copies of it."""
@@ -73,8 +105,7 @@ class Pod:
         libc.unshare(libc.CLONE_NEWNS)
         if sandbox.shm_size:
             attributes = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
-            options = {"source": "shm", "size": str(sandbox.shm_size), "mode": "1777"}
-            mount.attach(mount.new_filesystem("tmpfs", options, attributes), "/shm")
+            mount.attach(mount.new_filesystem("tmpfs", shm_options(sandbox), attributes), "/shm")
         return self._own("mnt")
 
     def _own(self, name: str) -> int:
@@ -100,10 +131,53 @@ class Pod:
         if pid == 0:
             _become_pid1(image, told)
         os.close(told)
-        said = os.read(ready, 64)  # nothing: close-on-exec closed it, so the program runs
-        if said:
-            raise Failure("create pod", "PID 1", errno=int(said), path=sandbox.id)
+        _await_pid1(ready, sandbox)
         return pid, os.open(f"{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc)
+
+    def _pid1_in_user_namespace(self, sandbox: Sandbox, birthplace: int | None) -> tuple[int, dict[str, int]]:
+        """The same, born with the pod's user namespace and all that belongs to it: its pid and the namespaces."""
+        image = libc.sealed_memfd("cri-shim-pause", pid1.image())
+        ready, told = os.pipe()
+        hold, go = os.pipe2(os.O_CLOEXEC)
+        flags = libc.CLONE_NEWUSER | libc.CLONE_NEWPID | libc.CLONE_PARENT
+        flags |= sum(_NEW[kind] for kind in sandbox.namespaces if kind in _NEW)
+        address = self.context.slots.address(self.slot)
+        try:
+            pid, _ = libc.clone3(flags, exit_signal=0, cgroup=birthplace, parent_tid_address=address)
+        except OSError as error:
+            raise userns.failed(error) from None
+        if pid == 0:
+            os.close(go)
+            if os.read(hold, 1) != b"g":
+                os._exit(127)
+            last = sum(part.size for part in sandbox.uid_mappings) - 1
+            _become_pid1(image, told, procfs=False, nobody=min(_NOBODY, last))
+        os.close(told)
+        proc = self.context.proc
+        idmap.write_maps(proc, pid, (sandbox.uid_mappings, sandbox.gid_mappings))
+        fds = userns.opened(proc, pid, sandbox.namespaces)
+        fds["pid"] = os.open(f"{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+        os.write(go, b"g")
+        _await_pid1(ready, sandbox)
+        os.close(go)
+        os.close(hold)
+        return pid, fds
+
+
+def shm_options(sandbox: Sandbox) -> dict[str, str]:
+    """Of the file system that is the pod's /dev/shm; it belongs to the containers' root, wherever that is mapped to."""
+    options = {"source": "shm", "size": str(sandbox.shm_size), "mode": "1777"}
+    if sandbox.uid_mappings:
+        uid, gid = idmap.root_ids((sandbox.uid_mappings, sandbox.gid_mappings))
+        options |= {"uid": str(uid), "gid": str(gid)}
+    return options
+
+
+def _await_pid1(ready: int, sandbox: Sandbox) -> None:
+    said = os.read(ready, 64)  # nothing: close-on-exec closed it, so the program runs
+    os.close(ready)
+    if said:
+        raise Failure("create pod", "PID 1", errno=int(said), path=sandbox.id)
 
 
 def _bring_up_network(sandbox: Sandbox) -> int:
@@ -140,10 +214,11 @@ def unpin(target: str) -> None:
         return
 
 
-def _become_pid1(image: int, told: int) -> NoReturn:
+def _become_pid1(image: int, told: int, *, procfs: bool = True, nobody: int = _NOBODY) -> NoReturn:
     """PID 1: procfs for the pod, then no capabilities, no fds, an empty read-only root, nothing of ours in memory."""
     try:
-        mount.attach(mount.new_proc(), "/proc")
+        if procfs:
+            mount.attach(mount.new_proc(), "/proc")
         libc.unshare(libc.CLONE_NEWNS)
         mount.empty_root()
         os.setsid()
@@ -151,8 +226,8 @@ def _become_pid1(image: int, told: int) -> NoReturn:
         process.close_all_except({image, told})
         caps.drop_bounding(0)
         os.setgroups([])
-        os.setresgid(65534, 65534, 65534)
-        os.setresuid(65534, 65534, 65534)
+        os.setresgid(nobody, nobody, nobody)
+        os.setresuid(nobody, nobody, nobody)
         caps.set_caps(0, 0, 0)
         libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
         libc.execveat(image, "", [b"/pause"], [])

@@ -18,14 +18,31 @@ def file_of(name: str) -> str:
     return name
 
 
-def apply(proc: int, values: Mapping[str, str]) -> None:
-    """Write each value through the private procfs ``proc``. Raises Failure naming the parameter."""
+def apply(proc: int, values: Mapping[str, str], *, owner: int = 0) -> None:
+    """Write each value through the private procfs ``proc``. Raises Failure naming the parameter.
+
+    ``owner``: the uid of root of the user namespace that the namespaces belong to. Some files (IPC) may be written by it only, whatever
+    capabilities the host's root has, and some (kernel.domainname) by the host's root only.
+    """
     for name, value in values.items():
         try:
-            fd = path.open_in_root(proc, f"sys/{file_of(name)}", os.O_WRONLY | os.O_CLOEXEC)
             try:
-                os.write(fd, value.encode())
-            finally:
-                os.close(fd)
+                _write(proc, name, value)
+            except PermissionError:
+                if not owner:
+                    raise
+                os.seteuid(owner)
+                try:
+                    _write(proc, name, value)
+                finally:
+                    os.seteuid(0)
         except OSError as error:
             raise Failure.wrap("sysctl", "write", error, name) from None
+
+
+def _write(proc: int, name: str, value: str) -> None:
+    fd = path.open_in_root(proc, f"sys/{file_of(name)}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)

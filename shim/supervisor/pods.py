@@ -101,17 +101,21 @@ async def delete(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
         await core.loop.joined(core.table.deleting, pod, lambda: _release(core, pod, quietly=False))
     else:
         await leftovers.release(core, "pods", request.id)
-        if _pinned(core, request.id):
-            await core.children.call(jobs.Unpin(f"{core.state_path}/netns/{request.id}"), "delete pod")
+        for pin in _pins(core, request.id):
+            await core.children.call(jobs.Unpin(pin), "delete pod")
     return {}
 
 
-def _pinned(core: Core, name: str) -> bool:
-    try:
-        os.stat(f"netns/{name}", dir_fd=core.state, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
+def _pins(core: Core, name: str) -> list[str]:
+    """Paths at which namespaces of the pod are pinned."""
+    found = []
+    for pin in (f"netns/{name}", f"userns/{name}"):
+        try:
+            os.stat(pin, dir_fd=core.state, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        found.append(f"{core.state_path}/{pin}")
+    return found
 
 
 async def _release(core: Core, pod: Pod, *, quietly: bool) -> None:
@@ -121,14 +125,12 @@ async def _release(core: Core, pod: Pod, *, quietly: bool) -> None:
         pod.init.signal(signal.SIGKILL)
         if not await core.loop.within(pod.init.ended, _DEATH):
             failures.append(Failure("delete pod", path=pod.id, message=f"PID 1 ({pod.init.pid}) is still there {_DEATH:g} s after SIGKILL"))
-    for job, wanted in (
-        (lambda: jobs.RemoveCgroup(pod.group), pod.group is not None),  # type: ignore[arg-type]
-        (lambda: jobs.Unpin(f"{core.state_path}/netns/{pod.id}"), _pinned(core, pod.id)),
-    ):
-        if not wanted:
-            continue
+    work: list[jobs.RemoveCgroup | jobs.Unpin] = [jobs.Unpin(pin) for pin in _pins(core, pod.id)]
+    if pod.group is not None:
+        work.insert(0, jobs.RemoveCgroup(pod.group))
+    for job in work:
         try:
-            await core.children.call(job(), "delete pod")
+            await core.children.call(job, "delete pod")
         except Failure as failure:
             failures.append(failure)
     if failures and not quietly:

@@ -1,7 +1,7 @@
 """Getting a pod's namespaces back when the processes that held them by fd are all gone.
 
-The network namespace is pinned and PID 1 is a process. ipc, uts and /dev/shm are those of any container of the pod that still lives
-(the donor); with none, nothing used them any more and they are made again.
+The network namespace is pinned, and its owner is the pod's user namespace; PID 1 is a process. ipc, uts and /dev/shm are those of any
+container of the pod that still lives (the donor); with none, nothing used them any more and they are made again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from shim.linux import libc, mount
 from shim.oci import bundle as bundles
 from shim.oci.sandbox import Sandbox
 from shim.oci.spec import NamespaceType
-from shim.runtime import namespaces, sysctl
+from shim.rootfs import idmap
+from shim.runtime import namespaces, sysctl, userns
+from shim.runtime import pod as making
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 
@@ -42,13 +44,19 @@ class Restore:
         if "network" in self.have:
             libc.setns(self.have["network"], libc.CLONE_NEWNET)
         fds = {}
-        for kind, (flag, file) in _SHARED.items():
-            if kind in sandbox.namespaces and kind.value not in self.have:
-                fds[kind.value] = self._shared(flag, file)
+        missing = [kind for kind in _SHARED if kind in sandbox.namespaces and kind.value not in self.have]
+        if missing and self.donor is None and "user" in self.have:
+            fds = userns.further(self.context.proc, self.have["user"], missing)
+            for kind in missing:
+                libc.setns(fds[kind.value], _SHARED[kind][0])
+        else:
+            for kind in missing:
+                fds[kind.value] = self._shared(*_SHARED[kind])
         if self.donor is None and NamespaceType.UTS in sandbox.namespaces and sandbox.hostname and "uts" in fds:
             libc.sethostname(sandbox.hostname)
         if self.donor is None and fds:
-            sysctl.apply(self.context.proc, sandbox.sysctl)
+            owner = idmap.root_ids((sandbox.uid_mappings, sandbox.gid_mappings))[0] if sandbox.uid_mappings else 0
+            sysctl.apply(self.context.proc, sandbox.sysctl, owner=owner)
         if "mount" not in self.have:
             fds["mount"] = self._mounts(sandbox)
         channel.send({"ok": {"fds": list(fds)}}, tuple(fds.values()))
@@ -66,18 +74,19 @@ class Restore:
 
     def _mounts(self, sandbox: Sandbox) -> int:
         """The pod's small mount namespace, with the donor's /dev/shm at /shm."""
-        proc = namespaces.proc_of(self.have["pid"]) if "pid" in self.have else None
+        proc = namespaces.proc_of(self.have["pid"], self.context.proc) if "pid" in self.have else None
         shm = self._donated_shm() if sandbox.shm_size and self.donor is not None else None
         libc.setns(self.context.lean_mntns, libc.CLONE_NEWNS)
         libc.unshare(libc.CLONE_NEWNS)
         if sandbox.shm_size and shm is None:
-            options = {"source": "shm", "size": str(sandbox.shm_size), "mode": "1777"}
             attributes = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
-            shm = mount.new_filesystem("tmpfs", options, attributes)
+            shm = mount.new_filesystem("tmpfs", making.shm_options(sandbox), attributes)
         if shm is not None:
             mount.attach(shm, "/shm")
             os.close(shm)
-        if proc is not None:
+        if NamespaceType.USER in sandbox.namespaces:
+            userns.show(mount.new_proc() if proc is None else proc)
+        elif proc is not None:
             mount.attach(proc, "/proc")
             os.close(proc)
         return self._own("mnt")

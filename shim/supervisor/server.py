@@ -9,6 +9,7 @@ from typing import Any
 
 from shim import wire
 from shim.errors import Failure
+from shim.runtime.probe import UserNamespaces
 from shim.supervisor import adopt, attach, containers, exits, pods, sessions
 from shim.supervisor.logs import Logs
 from shim.supervisor.loop import READ, WRITE, Loop
@@ -102,6 +103,12 @@ async def shutdown(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     return {}
 
 
+async def probe_user_namespaces(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """Why pods cannot have user namespaces; empty where they can."""
+    facts, _ = await core.children.call(UserNamespaces(core.context, request.body["directory"]), "probe")
+    return {"reason": facts["reason"]}
+
+
 HANDLERS: dict[str, Handler] = {
     "hello": hello,
     "settle": adopt.settle,
@@ -128,6 +135,7 @@ HANDLERS: dict[str, Handler] = {
     "exec.kill": sessions.kill,
     "exec.resize": sessions.resize,
     "log.reopen": containers.reopen_log,
+    "probe.userns": probe_user_namespaces,
 }
 assert HANDLERS.keys() == wire.OPERATIONS.keys()
 

@@ -152,7 +152,7 @@ def test_without_mknod_nodes_are_bound_from_the_host() -> None:
     assert all(not stat.S_ISCHR(node.kind) for node in dev.tree)
     fuse = only(ops, "/dev/fuse")
     assert isinstance(fuse, p.Bind)
-    assert fuse.source == "/dev/fuse"
+    assert (fuse.source, fuse.device) == ("/dev/fuse", (stat.S_IFCHR, os.makedev(10, 229)))
 
 
 def test_user_namespace() -> None:
@@ -169,10 +169,15 @@ def test_user_namespace() -> None:
     root, sys_, mqueue, pts = ops[0], only(ops, "/sys"), only(ops, "/dev/mqueue"), only(ops, "/dev/pts")
     assert root == p.Root((ids, ids))
     assert isinstance(sys_, p.Bind)
-    assert (sys_.source, sys_.recursive, sys_.recursive_set & m.MOUNT_ATTR_RDONLY) == ("/sys", True, m.MOUNT_ATTR_RDONLY)
+    assert (sys_.source, sys_.recursive, sys_.set & m.MOUNT_ATTR_RDONLY) == ("/sys", False, m.MOUNT_ATTR_RDONLY)
     assert isinstance(mqueue, p.Bind)
     assert isinstance(pts, p.Filesystem)
     assert "gid" not in pts.options
+    dev = only(ops, "/dev")
+    assert isinstance(dev, p.Filesystem)
+    assert (dev.on_the_host, dev.options["uid"], dev.options["gid"]) == (True, "100000", "100000")
+    assert {(node.uid, node.gid) for node in dev.tree} == {(100000, 100000)}
+    assert any(stat.S_ISCHR(node.kind) for node in dev.tree), "mknod works outside of the user namespace"
 
 
 def test_cgroup_2_view_is_read_only_unless_asked() -> None:

@@ -16,8 +16,8 @@ from cri.images.model import ImageConfig
 from cri.spec import container
 from cri.spec.inputs import HandlerConfig, HostFacts
 from protos.runtime.v1 import api_pb2 as v1
-from shim.oci import codec
-from shim.oci.spec import Device, DeviceCgroup, Hook, Hooks, Namespace, NamespaceType, Rlimit, Seccomp, Spec
+from shim.oci import codec, validate
+from shim.oci.spec import Device, DeviceCgroup, Hook, Hooks, IDMapping, Namespace, NamespaceType, Rlimit, Seccomp, Spec
 from tests.unit.spec.conftest import Build, _inputs
 
 N = NamespaceType
@@ -212,8 +212,21 @@ def test_image_name_annotation(build: Build) -> None:
 def test_not_built_yet_is_said(build: Build) -> None:
     with pytest.raises(Unimplemented, match=r"^config\.CDI_devices"):
         build({"CDI_devices": [v1.CDIDevice(name="vendor.com/gpu=0")]})
-    with pytest.raises(Unimplemented, match="userns_options"):
-        build(context={"namespace_options": v1.NamespaceOption(userns_options=v1.UserNamespace())})
+
+
+def test_user_namespace_of_the_pod(build: Build) -> None:
+    users = v1.UserNamespace(uids=[v1.IDMapping(host_id=200000, length=65536)], gids=[v1.IDMapping(host_id=200000, length=65536)])
+    ids = (IDMapping(0, 200000, 65536),)
+    pod = v1.NamespaceOption(userns_options=users)
+    for own in (pod, v1.NamespaceOption()):  # a container that does not say is in its pod's
+        spec = build(context={"namespace_options": own}, pod_context={"namespace_options": pod})
+        assert spec.namespace(N.USER) == Namespace(N.USER, "pod:user")
+        assert (spec.linux.uid_mappings, spec.linux.gid_mappings) == (ids, ids)
+        validate.validate(spec)
+    other = v1.UserNamespace(uids=[v1.IDMapping(host_id=1, length=65536)], gids=[v1.IDMapping(host_id=1, length=65536)])
+    for users in (other, v1.UserNamespace(mode=v1.NODE)):
+        with pytest.raises(InvalidArgument, match=r"userns_options: not the sandbox's"):
+            build(context={"namespace_options": v1.NamespaceOption(userns_options=users)}, pod_context={"namespace_options": pod})
 
 
 def test_a_request_survives_the_bundle(build: Build) -> None:

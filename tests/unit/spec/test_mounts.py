@@ -13,7 +13,7 @@ from cri.images.model import ImageConfig
 from cri.spec import mounts
 from cri.spec.inputs import ContainerInputs, HostFacts, SandboxFiles
 from protos.runtime.v1 import api_pb2 as v1
-from shim.oci.spec import Mount
+from shim.oci.spec import IDMapping, Mount
 
 FILES = SandboxFiles("/s/hosts", "/s/hostname", "/s/resolv.conf")
 
@@ -187,8 +187,13 @@ def test_volumes_refused(path: str) -> None:
         ({"container_path": "/d", "host_path": "/h", "mount_options": ["nodev", "nodev,suid"]}, "mount_options[1]", InvalidArgument),
         ({"container_path": "/d", "host_path": "/h", "image_sub_path": "x"}, "image_sub_path", InvalidArgument),
         ({"container_path": "/d", "host_path": "/h", "image": v1.ImageSpec(image="x")}, "host_path", InvalidArgument),
-        ({"container_path": "/d", "host_path": "/h", "uidMappings": [v1.IDMapping(length=1)]}, "uidMappings", Unimplemented),
-        ({"container_path": "/d", "host_path": "/h", "gidMappings": [v1.IDMapping(length=1)]}, "gidMappings", Unimplemented),
+        ({"container_path": "/d", "host_path": "/h", "uidMappings": [v1.IDMapping(length=1)]}, "uidMappings", InvalidArgument),
+        ({"container_path": "/d", "host_path": "/h", "gidMappings": [v1.IDMapping(length=1)]}, "gidMappings", InvalidArgument),
+        (
+            {"container_path": "/d", "host_path": "/h", "uidMappings": [v1.IDMapping()], "gidMappings": [v1.IDMapping(length=1)]},
+            "uidMappings[0].length",
+            InvalidArgument,
+        ),
     ],
 )
 def test_requests_refused(fields: dict[str, Any], field: str, kind: type[CriError]) -> None:
@@ -203,3 +208,23 @@ def test_recursive_readonly_needs_private_propagation_and_a_kernel() -> None:
         build(mount | {"propagation": v1.PROPAGATION_HOST_TO_CONTAINER}, host=HostFacts(propagation=lambda _: "shared"))
     with pytest.raises(RROUnsupported):
         build(mount, host=HostFacts(recursive_read_only=False))
+
+
+def test_ids_of_mounts() -> None:
+    ids = (IDMapping(0, 200000, 65536),)
+    users = v1.UserNamespace(uids=[v1.IDMapping(host_id=200000, length=65536)], gids=[v1.IDMapping(host_id=200000, length=65536)])
+    pod = v1.PodSandboxConfig(
+        linux=v1.LinuxPodSandboxConfig(
+            security_context=v1.LinuxSandboxSecurityContext(namespace_options=v1.NamespaceOption(userns_options=users))
+        )
+    )
+    mapped = {"container_path": "/m", "host_path": "/h", "uidMappings": users.uids, "gidMappings": users.gids}
+    plain = {"container_path": "/p", "host_path": "/h"}
+    found = build(mapped, plain, pod=pod, image=ImageConfig(volumes=("/v",)), volumes={"/v": "/s/v"})
+    for destination in ("/m", "/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/v"):
+        assert (at(found, destination).uid_mappings, at(found, destination).gid_mappings) == (ids, ids), destination
+    for destination in ("/p", "/dev/shm", "/proc"):
+        assert at(found, destination).uid_mappings == (), destination
+    assert at(build(mapped), "/m").uid_mappings == ids, "a mapped volume needs no user namespace"
+    with pytest.raises(CriError, match=r"config\.mounts\[0\]\.uidMappings: no idmaps"):
+        build(mapped, host=HostFacts(no_user_namespaces="no idmaps"))

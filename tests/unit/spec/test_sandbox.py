@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cri.errors import InvalidArgument, Unimplemented
+from cri.errors import FailedPrecondition, InvalidArgument
 from cri.spec import files, sandbox
 from cri.spec.inputs import HandlerConfig, HostFacts
 from protos.runtime.v1 import api_pb2 as v1
 from shim.oci import validate
 from shim.oci.sandbox import Sandbox
+from shim.oci.spec import IDMapping
 from shim.oci.spec import NamespaceType as N
 
 PLAIN = HandlerConfig(unprivileged_ports=False, unprivileged_icmp=False)
@@ -30,7 +31,7 @@ def config(sysctls: dict[str, str] | None = None, **options: Any) -> v1.PodSandb
 
 
 def build(pod: v1.PodSandboxConfig, handler: HandlerConfig = PLAIN) -> Sandbox:
-    made = sandbox.build("id", pod, netns_path="/run/netns/id", host=HOST, handler=handler)
+    made = sandbox.build("id", pod, netns_path="/run/netns/id", userns_path="/run/userns/id", host=HOST, handler=handler)
     validate.validate_sandbox(made)
     return made
 
@@ -64,10 +65,47 @@ def test_namespaces_refused(options: dict[str, Any], field: str) -> None:
         build(config(**options))
 
 
-def test_user_namespaces_wait_for_their_issue() -> None:
-    build(config(userns_options=v1.UserNamespace(mode=v1.NODE)))
-    with pytest.raises(Unimplemented, match=r"namespace_options\.userns_options"):
-        build(config(userns_options=v1.UserNamespace(mode=v1.POD)))
+def ids(container: int = 0, host: int = 200000, length: int = 65536) -> v1.IDMapping:
+    return v1.IDMapping(container_id=container, host_id=host, length=length)
+
+
+def test_user_namespace() -> None:
+    users = v1.UserNamespace(mode=v1.POD, uids=[ids()], gids=[ids()])
+    made = build(config(userns_options=users))
+    assert N.USER in made.namespaces
+    assert made.uid_mappings == made.gid_mappings == (IDMapping(0, 200000, 65536),)
+    assert made.userns_path == "", "it is found through the network namespace"
+    assert build(config(userns_options=users, network=v1.NODE)).userns_path == "/run/userns/id"
+    assert N.USER not in build(config(userns_options=v1.UserNamespace(mode=v1.NODE))).namespaces
+    assert N.USER not in build(config()).namespaces
+    with pytest.raises(FailedPrecondition, match=r"userns_options: this kernel is old"):
+        sandbox.build("id", config(userns_options=users), netns_path="/n", host=HostFacts(no_user_namespaces="this kernel is old"))
+
+
+@pytest.mark.parametrize(
+    ("users", "field"),
+    [
+        ({"uids": [ids(), ids(host=400000)], "gids": [ids()]}, "uids"),
+        ({"uids": [ids()], "gids": []}, "gids"),
+        ({"uids": [], "gids": []}, "uids"),
+        ({"uids": [ids(container=1)], "gids": [ids(container=1)]}, r"uids\[0\].container_id"),
+        ({"uids": [ids(length=0)], "gids": [ids(length=0)]}, r"uids\[0\].length"),
+        ({"uids": [ids(host=2**32 - 10)], "gids": [ids(host=2**32 - 10)]}, r"uids\[0\].length"),
+        ({"uids": [ids()], "gids": [ids(host=300000)]}, "gids"),
+        ({"mode": v1.CONTAINER}, "mode"),
+        ({"mode": v1.TARGET, "uids": [ids()], "gids": [ids()]}, "mode"),
+        ({"mode": 17}, "mode"),
+        ({"mode": v1.NODE, "uids": [ids()], "gids": [ids()]}, ""),
+    ],
+)
+def test_user_namespaces_refused(users: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgument, match=rf"namespace_options\.userns_options(\.{field})?: "):
+        build(config(userns_options=v1.UserNamespace(**users)))
+
+
+def test_no_user_namespace_with_the_hosts_pids() -> None:
+    with pytest.raises(InvalidArgument, match=r"namespace_options\.pid"):
+        build(config(userns_options=v1.UserNamespace(uids=[ids()], gids=[ids()]), pid=v1.NODE))
 
 
 def test_default_sysctls_give_way_to_the_request() -> None:
