@@ -81,7 +81,12 @@ async def _make(
         else:
             operation.enter("network")
             undo.push("tear down network", partial(network.teardown, pod.network(partial(supervisor.pod_netlink, pod_id))))
-            result = await network.setup(pod.network(_netlink(supervisor, pod_id, handles.netlink)))
+            spare = [handles.netlink] if handles.netlink is not None else []
+            try:
+                result = await network.setup(pod.network(_netlink(supervisor, pod_id, spare)))
+            finally:
+                for fd in spare:  # CNI has no use for it, and an open one would keep the namespace alive
+                    os.close(fd)
             # An empty address would make the kubelet throw the sandbox away: so they are in the record before it hears of the pod.
             facts.ips, facts.network = list(result.ips), dict(result.raw)
             _write_hosts(directory, pod, host)
@@ -134,9 +139,8 @@ def _write(dirfd: int, name: str, data: bytes, mode: int = 0o644) -> None:
         os.close(fd)
 
 
-def _netlink(supervisor: Supervisor, pod_id: str, first: int | None) -> Callable[[], Awaitable[int]]:
+def _netlink(supervisor: Supervisor, pod_id: str, spare: list[int]) -> Callable[[], Awaitable[int]]:
     """Gives the socket that came with the namespaces to whoever asks first, and fetches another for whoever asks again."""
-    spare = [first] if first is not None else []
 
     async def give() -> int:
         return spare.pop() if spare else await supervisor.pod_netlink(pod_id)

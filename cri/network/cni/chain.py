@@ -52,8 +52,16 @@ async def delete(plugins: Plugins, conf: NetworkConf, attachment: Attachment, ne
         try:
             await plugins.run(plugin.type, _call("DEL", attachment, netns), configuration)
         except PluginFailed as error:
-            if error.refusal is None or error.refusal.code != result.CONTAINER_UNKNOWN:  # which means that nothing need be cleaned up
+            if not _nothing_to_do(error, attachment):
                 raise
+
+
+def _nothing_to_do(error: PluginFailed, attachment: Attachment) -> bool:
+    """Whether what a plugin says to DEL means that there is nothing of its own to clean up."""
+    code = error.refusal.code if error.refusal is not None else 0
+    if code == result.INCOMPATIBLE:
+        return attachment.result is None  # nor could it ADD; one that was replaced since is another matter
+    return code == result.CONTAINER_UNKNOWN
 
 
 async def check(plugins: Plugins, conf: NetworkConf, attachment: Attachment) -> None:

@@ -84,29 +84,57 @@ class Plugins:
         """What the plugin printed. Raises PluginFailed and PluginTimeout; their text begins with the plugin's type."""
         limit = min(timeout or self._timeout, self._timeout)
         path = self.find(kind)
-        process = await _start(path, call.environment(":".join(self._directories)))
+        transport, execution = await _start(path, call.environment(":".join(self._directories)))
         what = f'plugin type="{kind}"'
         verb = "delete" if call.command == "DEL" else call.command.lower()
         try:
+            _feed(transport, configuration)
             async with asyncio.timeout(limit):
-                code, output, errors = await _finish(process, configuration)
+                await asyncio.shield(execution.exited)
+            await asyncio.wait([execution.closed], timeout=_DRAIN)
         except TimeoutError:
             raise PluginTimeout(f"{what} failed ({verb}): killed, it had not ended after {limit:g} s") from None
         finally:
-            await _end(process)
+            await _end(transport, execution)
+        code, output = transport.get_returncode() or 0, bytes(execution.output)
         if code == 0 and len(output) <= _OUTPUT_MAX:
             return output
         refusal = result.refusal(output)
-        why = str(refusal) if refusal is not None else _describe(code, output, errors)
+        why = str(refusal) if refusal is not None else _describe(code, output, bytes(execution.errors))
         raise PluginFailed(f"{what} failed ({verb}): {why}", refusal)
 
 
-async def _start(path: str, environment: dict[str, str]) -> asyncio.subprocess.Process:
-    pipe = asyncio.subprocess.PIPE
+class _Execution(asyncio.SubprocessProtocol):
+    """What comes out of a process. ``exited`` does not wait for the pipes, which asyncio's own ``Process.wait`` does in some versions."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.output, self.errors = bytearray(), bytearray()
+        self.exited: asyncio.Future[None] = loop.create_future()
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self._open = {1, 2}
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """Keep the beginning, read all."""
+        into, limit = (self.output, _OUTPUT_MAX + 1) if fd == 1 else (self.errors, _QUOTED * 4)
+        into += data[: limit - len(into)]
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        self._open.discard(fd)
+        if not self._open and not self.closed.done():
+            self.closed.set_result(None)
+
+    def process_exited(self) -> None:
+        if not self.exited.done():
+            self.exited.set_result(None)
+
+
+async def _start(path: str, environment: dict[str, str]) -> tuple[asyncio.SubprocessTransport, _Execution]:
+    loop, pipe = asyncio.get_running_loop(), asyncio.subprocess.PIPE
     for attempt in range(_BUSY_TRIES):
         try:
-            return await asyncio.create_subprocess_exec(
-                path, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, cwd="/", start_new_session=True
+            return await loop.subprocess_exec(
+                _Execution, path, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, cwd="/", start_new_session=True
             )
         except OSError as error:
             # ETXTBSY: an installer is writing it, or a process forked meanwhile still holds the descriptor of one that was
@@ -117,51 +145,27 @@ async def _start(path: str, environment: dict[str, str]) -> asyncio.subprocess.P
     raise AssertionError("unreachable")
 
 
-async def _finish(process: asyncio.subprocess.Process, configuration: bytes) -> tuple[int, bytes, bytes]:
-    assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    output, errors = bytearray(), bytearray()
-    readers = [
-        asyncio.create_task(_drain(process.stdout, output, _OUTPUT_MAX + 1)),
-        asyncio.create_task(_drain(process.stderr, errors, _QUOTED * 4)),
-    ]
-    try:
-        process.stdin.write(configuration)
+def _feed(transport: asyncio.SubprocessTransport, configuration: bytes) -> None:
+    """Hand over stdin. A plugin need not read it; whether it did its work, its exit code says."""
+    stdin = transport.get_pipe_transport(0)
+    assert isinstance(stdin, asyncio.WriteTransport)
+    stdin.write(configuration)
+    stdin.close()
+
+
+async def _end(transport: asyncio.SubprocessTransport, execution: _Execution) -> None:
+    """Kill what is left of a plugin that did not end by itself, reap it, close the pipes."""
+    if not execution.exited.done():
         try:
-            await process.stdin.drain()
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # a plugin need not read it; whether it did its work, its exit code says
-        process.stdin.close()
-        code = await process.wait()
-        await asyncio.wait(readers, timeout=_DRAIN)
-    finally:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
-    return code, bytes(output), bytes(errors)
-
-
-async def _drain(stream: asyncio.StreamReader, into: bytearray, limit: int) -> None:
-    """Read to the end, keep the beginning."""
-    while chunk := await stream.read(1 << 16):
-        into += chunk[: limit - len(into)]
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Kill what is left of a plugin that did not end by itself, and reap it."""
-    if process.returncode is None:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)  # its leader is not reaped, so the number is still its
+            os.killpg(transport.get_pid(), signal.SIGKILL)  # its leader is not reaped, so the number is still its
         except ProcessLookupError:
             pass
-        waiting = asyncio.ensure_future(process.wait())
-        while not waiting.done():
+        while not execution.exited.done():
             try:
-                await asyncio.shield(waiting)
+                await asyncio.shield(execution.exited)
             except asyncio.CancelledError:
                 continue  # SIGKILL was sent: this ends soon
-    transport = getattr(process, "_transport", None)
-    if transport is not None:
-        transport.close()
+    transport.close()
 
 
 def _describe(code: int, output: bytes, errors: bytes) -> str:

@@ -35,7 +35,8 @@ INTERFACE = "eth0"
 _NSFS = 0x6E736673
 _CIDR_FILE = "pod_cidr"
 _AT_ONCE = 8  # attachments of gone pods that are deleted side by side at a start
-_PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds before a DEL that failed is tried again
+_PAUSES = (1.0, 2.0, 5.0, 15.0, 60.0, 300.0)  # seconds before a DEL that failed is tried again
+_DESPERATE = 3  # attempts after which the configuration of now may replace one that never worked
 
 log = logging.getLogger("cri.network")
 
@@ -58,6 +59,7 @@ class CniNetwork:
         self._ending: asyncio.Task[None] | None = None
         self._deleting: dict[str, asyncio.Task[None]] = {}
         self._retrying: dict[str, asyncio.Task[None]] = {}
+        self._kept: dict[str, int] = {}  # namespaces, by pin: of pods whose DEL has failed
         self._checking: asyncio.Task[None] | None = None
 
     # -- base.Network
@@ -157,26 +159,28 @@ class CniNetwork:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for fd in self._kept.values():
+            os.close(fd)
         self._cache.close()
 
     # -- DEL
 
-    async def _delete(self, pod_id: str) -> None:
+    async def _delete(self, pod_id: str, attempt: int = 0) -> None:
         """DEL of all that a pod has. Joined by whoever else wants it; a caller that gives up does not end it."""
         task = self._deleting.get(pod_id)
         if task is None:
             if pod_id not in self._cache.pods():
                 return
-            task = self._deleting[pod_id] = self._spawn(self._delete_all(pod_id), f"CNI DEL {pod_id}")
+            task = self._deleting[pod_id] = self._spawn(self._delete_all(pod_id, attempt), f"CNI DEL {pod_id}")
             task.add_done_callback(lambda _: self._deleting.pop(pod_id, None))
         await asyncio.shield(task)
 
-    async def _delete_all(self, pod_id: str) -> None:
+    async def _delete_all(self, pod_id: str, attempt: int) -> None:
         await self._end_orphans(pod_id)
         try:
             async with self._gate.shared():
                 for attachment in self._cache.of(pod_id):
-                    await self._delete_one(attachment)
+                    await self._delete_one(attachment, attempt)
         except Exception:
             if pod_id not in self._retrying:
                 self._retrying[pod_id] = self._spawn(self._retry(pod_id), f"CNI DEL {pod_id} again")
@@ -184,17 +188,35 @@ class CniNetwork:
             raise
         self._inherited.discard(pod_id)
 
-    async def _delete_one(self, attachment: Attachment) -> None:
-        conf = attachment.network() or self._current(attachment.network_name)
-        netns = attachment.netns if _is_namespace(attachment.netns) else ""
+    async def _delete_one(self, attachment: Attachment, attempt: int) -> None:
+        conf = attachment.network()
+        if conf is None or (attachment.result is None and attempt > _DESPERATE and attempt % 2):
+            # The record is torn; or no ADD succeeded and DEL keeps failing: a configuration that was wrong may have been corrected since.
+            conf = self._current(attachment.network_name)
         try:
-            await chain.delete(self._plugins, conf, attachment, netns)
+            await chain.delete(self._plugins, conf, attachment, self._namespace(attachment.netns))
         except CriError as error:
+            self._keep_namespace(attachment.netns)
             if not error.hint:
                 error.hint = f"to give it up, remove {self._cache.path(attachment)}"
             raise
         failpoints.hit("delete network", "record")
         self._cache.remove(attachment)
+        if attachment.netns in self._kept:
+            os.close(self._kept.pop(attachment.netns))
+
+    def _namespace(self, path: str) -> str:
+        """CNI_NETNS for DEL: the pin, or the namespace that we kept, or nothing."""
+        fd = _open_namespace(path)
+        if fd >= 0:
+            os.close(fd)
+            return path
+        return f"/proc/{os.getpid()}/fd/{self._kept[path]}" if path in self._kept else ""
+
+    def _keep_namespace(self, path: str) -> None:
+        """Whoever fails to create a pod goes on to delete its namespaces, and plugins clean up less of what they cannot look into."""
+        if path not in self._kept and (fd := _open_namespace(path)) >= 0:
+            self._kept[path] = fd
 
     def _current(self, name: str) -> NetworkConf:
         """For an attachment whose record is torn: the network of that name, if it is still there."""
@@ -212,7 +234,7 @@ class CniNetwork:
             await asyncio.sleep(_PAUSES[min(number, len(_PAUSES) - 1)])
             number += 1
             try:
-                await self._delete(pod_id)
+                await self._delete(pod_id, number)
             except (CriError, Failure, OSError) as error:
                 log.warning("network of pod %s: attempt %d to delete it: %s", pod_id, number + 1, error)
 
@@ -267,16 +289,16 @@ class CniNetwork:
         return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _is_namespace(path: str) -> bool:
-    """Whether a pin still holds a namespace: what is left of one that does not is an empty file, or nothing."""
+def _open_namespace(path: str) -> int:
+    """A pinned namespace; -1 where the pin holds none any more: it is an empty file then, or nothing."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return False
-    try:
-        return libc.fstatfs_type(fd) == _NSFS
-    finally:
-        os.close(fd)
+        return -1
+    if libc.fstatfs_type(fd) == _NSFS:
+        return fd
+    os.close(fd)
+    return -1
 
 
 def _write(directory: Path, name: str, data: bytes) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cri.network.cni.conf import ConfError, Object, decode
 
+INCOMPATIBLE = 1  # a version that the plugin does not speak
 CONTAINER_UNKNOWN = 3  # the runtime need not clean up
 _TEXT_MAX = 1000
 

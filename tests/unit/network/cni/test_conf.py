@@ -111,15 +111,17 @@ def test_what_is_no_json_object(data: bytes) -> None:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(), v, max_size=3),
+    max_leaves=8,
 )
 keys = st.sampled_from(
     ["cniVersion", "cniVersions", "name", "plugins", "type", "ipam", "capabilities", "disableGC", "loadOnlyInlinedPlugins"]
 )
 
 
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(keys, values), st.lists(st.dictionaries(keys, values)))
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.dictionaries(keys, values, max_size=5), st.lists(st.dictionaries(keys, values, max_size=4), max_size=3))
 def test_nothing_but_a_network_or_a_conf_error_comes_of_json(fields: dict[str, Any], plugins: list[dict[str, Any]]) -> None:
     for raw in (fields, {**fields, "name": "n", "plugins": plugins}, {"name": "n", "plugins": [{"type": "t", **p} for p in plugins]}):
         try:
