@@ -30,7 +30,8 @@ _ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
     "LC_ALL": "C",
     # stdio handles blocks of some 100 KiB: by default each would be mapped, faulted in page by page and unmapped again.
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4194304",
+    # Restartable sequences: see ``shim.runtime.lastfork``.
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4194304:glibc.pthread.rseq=0",
 }
 
 

@@ -64,6 +64,7 @@ class Final:
     def run(self, channel: Channel) -> NoReturn:
         """Become the program in this process."""
         gc.disable()
+        self.program.build()
         try:
             self._lead_session()
             self.restriction.set_groups()
@@ -81,7 +82,7 @@ class Final:
         """
         gc.disable()
         last = self.restriction.filter if self.restriction.no_new_privileges else None
-        fork = LastFork(self.program.images, terminal=self.terminal, filter_=last, pid_address=pid_address)
+        fork = LastFork(self.program.command, terminal=self.terminal, filter_=last, pid_address=pid_address)
         self.restriction.set_groups()
         self.restriction.apply()
         try:

@@ -19,6 +19,7 @@ from shim.errors import Failure
 from shim.linux import libc, mount, path, process
 from shim.oci.spec import Box, Process, User
 from shim.runtime import users
+from shim.runtime.lastfork import Command
 
 MAX_ACCOUNTS_FILE = 10 << 20  # bytes of /etc/passwd or /etc/group that are read (CVE-2025-4437: unbounded reads)
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -178,13 +179,19 @@ class Program:
         argv = [os.fsencode(a) for a in process_.args]
         environment = [os.fsencode(e) for e in env]
         self._name, self._searched = name, "/" not in name
-        first = libc.ExecImage(os.fsencode(places[0]), argv, environment)
-        self.images = [first, *(first.at(os.fsencode(p)) for p in places[1:])]
+        self.command = Command([os.fsencode(p) for p in places], argv, environment)
+        self._images: list[libc.ExecImage] = []
+
+    def build(self) -> None:
+        """Prepare ``run``, before a filter is on."""
+        paths, argv, env = self.command.paths, self.command.argv, self.command.env
+        first = libc.ExecImage(paths[0], argv, env)
+        self._images = [first, *(first.at(p) for p in paths[1:])]
 
     def run(self) -> NoReturn:
         """execve each candidate in turn. Raises Failure with what PATH search would say (execvp(3))."""
         worst = errno.ENOENT
-        for image in self.images:
+        for image in self._images:
             try:
                 image.exec()
             except OSError as error:

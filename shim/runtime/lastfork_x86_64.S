@@ -1,7 +1,7 @@
 /* The child's half of shim.runtime.lastfork, x86_64. Assembled into lastfork.py; a test compares.
  * One argument, a block of 64-bit words: clone flags, address for the pid, address of an int for the status, argv, envp, filter program
- * or 0, filter flags, 1 for a controlling terminal, paths to try, 0. Returns what clone returned. The child shares the stack of a
- * suspended parent, so nothing is pushed; it ends in execve or exit_group(127) with step << 16 | errno in the status.
+ * or 0, filter flags, 1 for a controlling terminal, paths to try, 0. Returns what clone returned. The child has no stack, so nothing
+ * is pushed; it ends in execve or exit_group(127) with step << 16 | errno in the status.
  * r9, r8, r10 and r12 are not changed by system calls. */
 .intel_syntax noprefix
 .globl launch

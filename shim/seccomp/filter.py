@@ -22,7 +22,7 @@ MAX_INSTRUCTIONS = 4096  # BPF_MAXINSNS
 class Filter:
     """``install`` makes exactly one system call and allocates nothing that could need another."""
 
-    __slots__ = ("_address", "_flags", "_keep", "notifies")
+    __slots__ = ("_address", "_flags", "_keep", "bpf", "notifies")
 
     def __init__(self, bpf: bytes, flags: int = 0) -> None:
         count, rest = divmod(len(bpf), 8)
@@ -32,13 +32,9 @@ class Filter:
         program = libc.Memory(struct.pack("@HP", count, code.address))
         self._keep = (code, program)
         self._address = program.address
+        self.bpf = bpf
         self._flags = flags
         self.notifies = bool(flags & NEW_LISTENER)
-
-    @property
-    def program(self) -> int:
-        """Address of the sock_fprog, valid as long as this object."""
-        return self._address
 
     @property
     def flags(self) -> int:
