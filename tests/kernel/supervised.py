@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -233,23 +234,37 @@ async def rig() -> AsyncIterator[Rig]:
     """A rig that leaves nothing behind: state, cgroups and processes."""
     base = Path(tempfile.mkdtemp(prefix="h7-", dir="/tmp"))
     made = Rig(base)
-    await made.open()
     try:
+        await made.open()
         yield made
+        await made.close()
     except BaseException:
-        print((made.state / client.LOG).read_text()[-4000:])  # pytest shows it with the failure
+        log = made.state / client.LOG
+        print(log.read_text()[-4000:] if log.exists() else "no supervisor.log")  # pytest shows it with the failure
         raise
     finally:
-        try:
-            await made.close()
-        finally:
-            _remove_cgroups(made.cgroup)
-            shutil.rmtree(base, ignore_errors=True)
+        await asyncio.to_thread(_sweep, made)
 
 
-def _remove_cgroups(path: str) -> None:
-    for mount in Path("/sys/fs/cgroup").iterdir() if not Path("/sys/fs/cgroup/cgroup.procs").exists() else [Path("/sys/fs/cgroup")]:
-        top = mount / path.lstrip("/")
+def _sweep(made: Rig) -> None:
+    """End and remove what a failed test left: every process in the rig's cgroups, mounts below its directory, the cgroups."""
+    one = Path("/sys/fs/cgroup/cgroup.procs").exists()
+    mounts = [Path("/sys/fs/cgroup")] if one else list(Path("/sys/fs/cgroup").iterdir())
+    tops = [mount / made.cgroup.lstrip("/") for mount in mounts]
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        left = {int(pid) for top in tops for file in top.rglob("cgroup.procs") for pid in file.read_text().split()}
+        if not left:
+            break
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+        if line.split()[1].startswith(f"{made.base}/"):
+            subprocess.run(["umount", "-l", line.split()[1]], check=False)
+    for top in tops:
         for directory, _, _ in os.walk(top, topdown=False):
             with suppress(OSError):
                 os.rmdir(directory)
+    shutil.rmtree(made.base, ignore_errors=True)
