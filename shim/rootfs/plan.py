@@ -55,7 +55,7 @@ class Filesystem:
     @property
     def must_be_visible(self) -> bool:
         """In a user namespace the kernel makes these only where the mount namespace shows one already (mount_too_revealing)."""
-        return self.fstype in ("proc", "sysfs")
+        return self.fstype in ("proc", "sysfs") and not self.outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +241,10 @@ class _Builder:
             raise Failure("plan root", "mount", path=destination, message="this place below /proc may not be mounted over")
         if kind not in _ALLOWED_ON.get(destination, (kind,)):
             raise Failure("plan root", "mount", path=destination, message=f"may not be a {kind}")
-        if self.userns and (host := self._of_the_host(kind)):
-            # Without what the host has mounted below: other containers' file systems, its cgroups, debugfs.
-            self.ops.append(Bind(destination, host, False, options.set | m.MOUNT_ATTR_RDONLY))
+        if self.userns and self._of_the_host(kind):
+            # Not from within the pod's user namespace; outside, before the other namespaces are joined. Anew and not bound, so that nothing
+            # comes along that the host has mounted below (its cgroups, debugfs).
+            self.ops.append(Filesystem(destination, kind, {"source": kind}, options.set | m.MOUNT_ATTR_RDONLY, outside=True))
             return
         data = {"source": mount.source or kind, **options.data}
         if kind == "devpts" and self.userns and not _maps(self.spec.linux, data.get("gid")):
@@ -263,12 +264,10 @@ class _Builder:
         if tree and not self.mknod:
             self._bound_devices()
 
-    def _of_the_host(self, kind: str) -> str:
-        """A file system tied to a namespace that the host's user namespace owns cannot be mounted from the pod's: bind the host's."""
+    def _of_the_host(self, kind: str) -> bool:
+        """Whether the file system is tied to a namespace that is the host's here."""
         namespace = {"sysfs": NamespaceType.NETWORK, "mqueue": NamespaceType.IPC}.get(kind)
-        if namespace is None or self.spec.namespace(namespace) is not None:
-            return ""
-        return "/sys" if kind == "sysfs" else "/dev/mqueue"
+        return namespace is not None and self.spec.namespace(namespace) is None
 
     def _own_devices(self) -> tuple[Device, ...]:
         return tuple(device for device in self.spec.linux.devices if normal(device.path, "device").startswith("/dev/"))

@@ -139,13 +139,9 @@ class Pod:
         image = libc.sealed_memfd("cri-shim-pause", pid1.image())
         ready, told = os.pipe()
         hold, go = os.pipe2(os.O_CLOEXEC)
-        flags = libc.CLONE_NEWUSER | libc.CLONE_NEWPID | libc.CLONE_PARENT
-        flags |= sum(_NEW[kind] for kind in sandbox.namespaces if kind in _NEW)
-        address = self.context.slots.address(self.slot)
-        try:
-            pid, _ = libc.clone3(flags, exit_signal=0, cgroup=birthplace, parent_tid_address=address)
-        except OSError as error:
-            raise userns.failed(error) from None
+        flags = libc.CLONE_NEWPID | libc.CLONE_PARENT | sum(_NEW[kind] for kind in sandbox.namespaces if kind in _NEW)
+        address, mappings = self.context.slots.address(self.slot), (sandbox.uid_mappings, sandbox.gid_mappings)
+        pid, _ = userns.clone(flags, mappings, exit_signal=0, cgroup=birthplace, parent_tid_address=address)
         if pid == 0:
             os.close(go)
             if os.read(hold, 1) != b"g":
@@ -154,7 +150,7 @@ class Pod:
             _become_pid1(image, told, procfs=False, nobody=min(_NOBODY, last))
         os.close(told)
         proc = self.context.proc
-        idmap.write_maps(proc, pid, (sandbox.uid_mappings, sandbox.gid_mappings))
+        idmap.write_maps(proc, pid, mappings)
         fds = userns.opened(proc, pid, sandbox.namespaces)
         fds["pid"] = os.open(f"{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
         os.write(go, b"g")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 from collections.abc import Collection, Iterable
 
 from shim.errors import Failure
@@ -25,10 +26,7 @@ _NS_GET_USERNS = 0xB701
 def new(proc: int, mappings: Mappings, kinds: Collection[NamespaceType]) -> dict[str, int]:
     """Fds of a new user namespace and of those of ``kinds`` that can live without a process, made inside it. ``proc``: a procfs root."""
     hold, release = os.pipe2(os.O_CLOEXEC)
-    try:
-        pid, pidfd = libc.clone3(libc.CLONE_NEWUSER | _flags(kinds), pidfd=True)
-    except OSError as error:
-        raise failed(error) from None
+    pid, pidfd = clone(_flags(kinds), mappings, pidfd=True)
     if pid == 0:
         _wait_and_exit(release, hold)
     try:
@@ -36,6 +34,29 @@ def new(proc: int, mappings: Mappings, kinds: Collection[NamespaceType]) -> dict
         return opened(proc, pid, {*kinds, NamespaceType.USER})
     finally:
         _end(release, hold, pidfd)
+
+
+def clone(
+    flags: int,
+    mappings: Mappings,
+    *,
+    exit_signal: int = signal.SIGCHLD,
+    pidfd: bool = False,
+    cgroup: int | None = None,
+    parent_tid_address: int = 0,
+) -> tuple[int, int]:
+    """``libc.clone3`` into a new user namespace, whose maps are still to be written. What comes into being with it (the IPC namespace's
+    mqueue) belongs to its root: that is who this process is to file systems meanwhile."""
+    try:
+        libc.setfsids(*idmap.root_ids(mappings))
+        return libc.clone3(
+            libc.CLONE_NEWUSER | flags, exit_signal=exit_signal, pidfd=pidfd, cgroup=cgroup, parent_tid_address=parent_tid_address
+        )
+    except OSError as error:
+        hint = "is user.max_user_namespaces high enough?" if error.errno in (errno.ENOSPC, errno.EUSERS) else ""
+        raise Failure("user namespace", "clone3", errno=error.errno, hint=hint) from None
+    finally:
+        libc.setfsids(0, 0)
 
 
 def further(proc: int, user: int, kinds: Collection[NamespaceType]) -> dict[str, int]:
@@ -46,6 +67,8 @@ def further(proc: int, user: int, kinds: Collection[NamespaceType]) -> dict[str,
     if pid == 0:
         try:
             libc.setns(user, libc.CLONE_NEWUSER)
+            os.setresgid(0, 0, 0)
+            os.setresuid(0, 0, 0)
             libc.unshare(_flags(kinds))
             os.write(told, b"r")
         finally:
@@ -64,12 +87,6 @@ def opened(proc: int, pid: int, kinds: Iterable[NamespaceType]) -> dict[str, int
     """The namespaces of a process, by type."""
     wanted = ((kind.value, FILES[kind]) for kind in kinds if kind in FILES)
     return {name: os.open(f"{pid}/ns/{file}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc) for name, file in wanted}
-
-
-def failed(error: OSError) -> Failure:
-    """What the kernel's refusal to make a user namespace means."""
-    hint = "is user.max_user_namespaces high enough?" if error.errno in (errno.ENOSPC, errno.EUSERS) else ""
-    return Failure("user namespace", "clone3", errno=error.errno, hint=hint)
 
 
 def owner(namespace: int) -> int:
