@@ -77,25 +77,27 @@ class CniNetwork:
             conf = self._watch.current()
         except ConfError as error:
             raise Unavailable(f"set up pod network: {error}") from None
-        args = arguments.arguments(pod)
-        capabilities = arguments.capabilities(pod, self._cidrs)
+        attachment = self._attachment(pod, conf.name)
         await self.teardown(pod)  # of an attempt that was interrupted
         version = await self._versions.choose(conf)
-        attachment = Attachment(
-            container_id=pod.pod_id,
-            config=conf.encode(version),
-            if_name=INTERFACE,
-            network_name=conf.name,
-            netns=pod.netns_path,
-            cni_args=args,
-            capability_args=capabilities,
-        )
+        attachment.config = conf.encode(version)
         async with Undo("set up pod network") as undo:
-            undo.push("DEL", lambda: self._delete(pod.pod_id), timeout=self._patience(conf))
+            undo.push("DEL", lambda: self.teardown(pod), timeout=self._patience(conf))
             async with self._gate.shared():
                 ips = await self._add(conf, attachment)
         detail = {"network": conf.name, "configuration": conf.source, "cniVersion": version, "cniResult": attachment.result}
         return Result(ips=ips, raw=detail)
+
+    def _attachment(self, pod: PodNetwork, network: str) -> Attachment:
+        """What plugins are to know of a pod. Raises InvalidArgument for what they must not be told."""
+        return Attachment(
+            container_id=pod.pod_id,
+            if_name=INTERFACE,
+            network_name=network,
+            netns=pod.netns_path,
+            cni_args=arguments.arguments(pod),
+            capability_args=arguments.capabilities(pod, self._cidrs),
+        )
 
     async def _add(self, conf: NetworkConf, attachment: Attachment) -> tuple[str, ...]:
         failpoints.hit("add network", "intent")
@@ -115,7 +117,7 @@ class CniNetwork:
         return ips
 
     async def teardown(self, pod: PodNetwork) -> None:
-        await self._delete(pod.pod_id)
+        await self._delete(pod.pod_id, pod)
 
     async def recover(self, live: Collection[str]) -> None:
         keep = set(live)
@@ -165,21 +167,23 @@ class CniNetwork:
 
     # -- DEL
 
-    async def _delete(self, pod_id: str, attempt: int = 0) -> None:
+    async def _delete(self, pod_id: str, pod: PodNetwork | None = None, attempt: int = 0) -> None:
         """DEL of all that a pod has. Joined by whoever else wants it; a caller that gives up does not end it."""
         task = self._deleting.get(pod_id)
         if task is None:
             if pod_id not in self._cache.pods():
                 return
-            task = self._deleting[pod_id] = self._spawn(self._delete_all(pod_id, attempt), f"CNI DEL {pod_id}")
+            task = self._deleting[pod_id] = self._spawn(self._delete_all(pod_id, pod, attempt), f"CNI DEL {pod_id}")
             task.add_done_callback(lambda _: self._deleting.pop(pod_id, None))
         await asyncio.shield(task)
 
-    async def _delete_all(self, pod_id: str, attempt: int) -> None:
+    async def _delete_all(self, pod_id: str, pod: PodNetwork | None, attempt: int) -> None:
         await self._end_orphans(pod_id)
         try:
             async with self._gate.shared():
                 for attachment in self._cache.of(pod_id):
+                    if pod is not None and not attachment.config:  # its record is torn
+                        attachment = self._attachment(pod, attachment.network_name)
                     await self._delete_one(attachment, attempt)
         except Exception:
             if pod_id not in self._retrying:
@@ -234,7 +238,7 @@ class CniNetwork:
             await asyncio.sleep(_PAUSES[min(number, len(_PAUSES) - 1)])
             number += 1
             try:
-                await self._delete(pod_id, number)
+                await self._delete(pod_id, attempt=number)
             except (CriError, Failure, OSError) as error:
                 log.warning("network of pod %s: attempt %d to delete it: %s", pod_id, number + 1, error)
 
