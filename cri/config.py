@@ -86,6 +86,8 @@ class Cni(Section, frozen=True):
             raise ValueError("bin_dirs: at least one directory, without ':' in its path")
         if self.timeout < 1:
             raise ValueError("timeout: at least one second")
+        if self.native_plugins:
+            raise ValueError("native_plugins: all plugins are executed in this version")
 
 
 class Network(Section, frozen=True):

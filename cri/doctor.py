@@ -312,20 +312,32 @@ def _network(config: Config) -> Iterator[Finding]:
 
 
 def _cni(config: Config) -> Iterator[Finding]:
+    from cri.errors import CriError
+    from cri.network.cni import conf
+    from cri.network.cni.execute import Plugins
+
     cni = config.network.cni
-    networks = sorted(p.name for p in Path(cni.conf_dir).glob("*") if p.suffix in (".conf", ".conflist", ".json"))
-    if networks:
-        yield Finding("cni", "ok", f"{networks[0]} in {cni.conf_dir}")
-    else:
+    try:
+        network, problems = conf.load(Path(cni.conf_dir))
+    except conf.ConfError as error:
+        network, problems = None, [str(error)]
+    for problem in problems:
+        yield Finding("cni", "note", problem, "correct it, or remove it")
+    if network is None:
         yield Finding(
             "cni",
             "note",
             f"no network in {cni.conf_dir}: pods need host network until there is one",
             'install a CNI network, or set mode = "bridge" under [network]',
         )
-    present = [d for d in cni.bin_dirs if Path(d).is_dir() and any(Path(d).iterdir())]
-    if not present:
-        yield Finding("cni", "note", f"no plugins in {', '.join(cni.bin_dirs)}", "apt install containernetworking-plugins")
+        return
+    yield Finding("cni", "ok", f"network {network.name} of {network.source}, CNI {', '.join(network.versions)}")
+    plugins = Plugins(cni.bin_dirs, cni.timeout)
+    for kind in sorted({kind for plugin in network.plugins for kind in plugin.types}):
+        try:
+            plugins.find(kind)
+        except CriError as error:
+            yield Finding("cni", "fail", str(error), "apt install containernetworking-plugins has the standard ones")
 
 
 def _fuse(config: Config) -> Iterator[Finding]:
