@@ -146,7 +146,9 @@ class Session:
 
     def received(self, data: bytes) -> None:
         self.active = self._loop.time()
-        if not self._closing:
+        if self._closing:
+            self._last(data)
+        else:
             self._receive(data)
         if not self.lost.done() and self._transport.get_write_buffer_size() > FLOOD:
             self.abort()
@@ -219,6 +221,9 @@ class Session:
 
     def _receive(self, data: bytes) -> None:
         raise NotImplementedError
+
+    def _last(self, data: bytes) -> None:
+        """What comes after our goodbye."""
 
     def _farewell(self) -> None:
         raise NotImplementedError
@@ -337,6 +342,12 @@ class SpdySession(Session):
             self._tunnel.send(self._spdy.take())
             self._tunnel.close()
         self._flush()
+        if self._tunnel is None and self._transport.can_write_eof() and not self.lost.done():
+            self._transport.write_eof()
+
+    def _last(self, data: bytes) -> None:
+        if self._tunnel is not None and any(isinstance(piece, websocket.Closed) for piece in self._tunnel.receive(data)):
+            self._transport.close()
 
 
 class ChannelSession(Session):
@@ -378,3 +389,7 @@ class ChannelSession(Session):
     def _farewell(self) -> None:
         self._channels.close()
         self._write(self._channels.take())
+
+    def _last(self, data: bytes) -> None:
+        if any(isinstance(event, websocket.Closed) for event in self._channels.receive(data)):
+            self._transport.close()

@@ -150,6 +150,7 @@ class Channels(Frames):
         self._dialect = dialect
         self._channel: int | None = None  # of the message that is being received
         self._text: list[str] = []
+        self._refused = False
         self._length = 0
 
     def receive(self, data: bytes) -> list[Event]:
@@ -163,11 +164,12 @@ class Channels(Frames):
                 self._characters(message.data, message.message_finished, found)
             else:
                 self._refuse("text messages only", found)
-            if self.closed:
+            if self._refused:
                 break
         return found
 
     def _refuse(self, reason: str, found: list[Event]) -> None:
+        self._refused = True
         self.close(CloseReason.UNSUPPORTED_DATA, reason)
         found.append(Closed())
 
