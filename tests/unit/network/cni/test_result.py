@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cri.network.cni import result
@@ -86,12 +86,16 @@ def test_spoken_versions() -> None:
             result.spoken(broken)
 
 
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v))
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(), v, max_size=3),
+    max_leaves=5,
+)
 fields = st.sampled_from(["ips", "interfaces", "ip4", "ip6", "code", "msg", "details", "address", "interface", "name", "cniVersion"])
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.dictionaries(fields, values | st.lists(st.dictionaries(fields, values))))
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.dictionaries(fields, values | st.lists(st.dictionaries(fields, values, max_size=4), max_size=3), max_size=4))
 def test_nothing_but_addresses_or_a_conf_error(raw: dict[str, Any]) -> None:
     result.refusal(json.dumps(raw).encode())
     try:
