@@ -32,8 +32,9 @@ def build(inputs: ContainerInputs) -> oci.Spec:
             namespaces=namespaces.of_container(
                 context.namespace_options,
                 pod_options,
-                # Where v1 hierarchies are mounted the container sees its own groups bound in; a privileged one manages the host's.
-                own_cgroup=inputs.host.cgroup_version == 2 and not context.privileged,
+                # Where v1 hierarchies are mounted the container sees its own groups bound in; a privileged one manages the host's, which
+                # cannot be mounted from within a user namespace.
+                own_cgroup=inputs.host.cgroup_version == 2 and (not context.privileged or users is not None),
             ),
             uid_mappings=users[:1] if users is not None else (),
             gid_mappings=users[1:] if users is not None else (),

@@ -128,6 +128,9 @@ def _requested(mount: v1.Mount, field: str, inputs: ContainerInputs) -> oci.Moun
     uids, gids = _mappings(mount.uidMappings, f"{field}.uidMappings"), _mappings(mount.gidMappings, f"{field}.gidMappings")
     if bool(uids) != bool(gids):
         raise InvalidArgument("set without the other kind", field=f"{field}.{'uidMappings' if uids else 'gidMappings'}")
+    if mount.propagation == v1.PROPAGATION_BIDIRECTIONAL and namespaces.user_mappings(inputs.pod.linux.security_context.namespace_options):
+        # Mounts of a user namespace's making would reach the host.
+        raise InvalidArgument("BIDIRECTIONAL in a user namespace", field=f"{field}.propagation")
     if uids and inputs.host.no_user_namespaces:
         raise FailedPrecondition(f"{field}.uidMappings: {inputs.host.no_user_namespaces}")
     return oci.Mount(destination, "bind", source, tuple(options), uid_mappings=uids, gid_mappings=gids)

@@ -133,7 +133,11 @@ def _prepare_bind(prepared: Prepared, index: int, op: Bind, shm_fd: int | None, 
     else:
         m.mount_setattr(fd, set=on | op.recursive_set, clear=op.clear | op.recursive_clear, propagation=op.propagation)
     if op.mappings is not None:
-        m.mount_setattr(fd, userns_fd=namespaces.of(op.mappings), recursive=op.mappings_recursive)
+        userns = namespaces.of(op.mappings)
+        try:
+            m.mount_setattr(fd, userns_fd=userns, recursive=op.mappings_recursive)
+        except OSError as error:
+            raise Failure(_PHASE, "idmap", errno=error.errno, path=op.source, hint="its file system must support idmapped mounts") from None
 
 
 def _require_device(source: str, device: tuple[int, int]) -> None:

@@ -282,9 +282,14 @@ class _Builder:
         return tuple(Node(n.path, stat.S_IFREG, 0o666) if _is_device(n) else n for n in tree)
 
     def _outside(self, tree: tuple[Node, ...]) -> Iterator[Node]:
-        """The entries with the ids that they have outside of the user namespace; those of ids that it does not map stay the host's."""
+        """The entries with the ids that they have outside of the user namespace. Devices of the specification keep the host's: root inside,
+        even privileged, may use those only that everybody on the host may."""
         linux = self.spec.linux
+        given = {normal(device.path, "device")[5:] for device in self._own_devices()}
         for node in tree:
+            if node.path in given:
+                yield node
+                continue
             uid, gid = host_id(linux.uid_mappings, node.uid), host_id(linux.gid_mappings, node.gid)
             yield replace(node, uid=node.uid if uid is None else uid, gid=node.gid if gid is None else gid)
 

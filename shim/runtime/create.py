@@ -77,8 +77,10 @@ class Stage1:
         self.channel.note("cgroup", self.group.to_json())  # so that a failure names what there is to remove
         self.oom_fds = oom.watch(self.group)
         user = namespaces.user_namespace(spec, self.job.pod)
-        if stdio is not None and kept_.root is not None:
-            inside.give_stdio(stdio, kept_.root)
+        if kept_.root is not None:
+            inside.raise_hard_limits(spec.process)
+            if stdio is not None:
+                inside.give_stdio(stdio, kept_.root)
         self.kept_fd = kept.create(self.job.bundle)
         shm = self._pod_mounts()
         paths = self.group.paths if self.group.version == 1 else {}

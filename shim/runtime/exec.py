@@ -58,8 +58,10 @@ class Exec:
         container = kept.load(self.bundle)
         if not self.in_cgroup:
             cgroups.join(self.group)
-        if container.root is not None and stdio is not None:
-            inside.give_stdio(stdio, container.root)
+        if container.root is not None:
+            inside.raise_hard_limits(process)
+            if stdio is not None:
+                inside.give_stdio(stdio, container.root)
         try:
             if container.root is None:
                 libc.setns(self.init, _NAMESPACES)

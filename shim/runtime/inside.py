@@ -165,8 +165,17 @@ def set_rlimits(process_: Process) -> None:
         raise Failure.wrap("rlimits", "prlimit", error, "process.rlimits") from None
 
 
+def raise_hard_limits(process_: Process) -> None:
+    """Before joining a user namespace, inside which no hard limit can be raised: those above ours. ``set_rlimits`` does the rest later,
+    because a small limit of open files would be in our own way."""
+    for limit in process_.rlimits:
+        number = getattr(resource, limit.type, None) if limit.type.startswith("RLIMIT_") else None
+        if number is not None and (current := libc.prlimit(0, number))[1] < limit.hard:
+            process.restore_limits([(number, current[0], limit.hard)])
+
+
 class Program:
-    """The execve of a process, with all its candidates along PATH built before a filter is on."""
+    """The execve of a process, with all its candidates along PATH."""
 
     def __init__(self, process_: Process, home: str) -> None:
         name = process_.args[0]

@@ -92,7 +92,7 @@ def test_maps_and_capabilities(daemon: Daemon, pod: Pod, busybox: str) -> None:
         daemon,
         pod,
         busybox,
-        "cat /proc/self/uid_map /proc/self/gid_map; id -u; cat /proc/self/setgroups; ls -ldn / /bin /dev /dev/null /dev/shm /dev/mqueue /etc/hosts",
+        "cd /proc/self; cat uid_map gid_map; id -u; cat setgroups; ls -ldn / /bin /dev /dev/null /dev/shm /dev/mqueue /etc/hosts",
     )
     lines = [line.split() for line in text.splitlines()]
     assert lines[:4] == [["0", str(BASE), str(SIZE)], ["0", str(BASE), str(SIZE)], ["0"], ["allow"]]
@@ -263,15 +263,39 @@ def test_privileged_stays_inside(daemon: Daemon, pod: Pod, busybox: str, owned: 
         "grep CapEff /proc/self/status; mount -t tmpfs none /tmp && echo mounted; mknod /null c 1 3 2>&1; cat /data/secret 2>&1; "
         "echo 1 2>&1 > /proc/sys/kernel/panic; echo x 2>&1 > /proc/sysrq-trigger; "
         "mount -o remount,bind,rw /data 2>&1; chown 0 /data/root 2>&1; chroot / true && echo chrooted; "
-        "cat /proc/sys/kernel/core_pattern > /dev/null; echo core 2>&1 > /proc/sys/kernel/core_pattern; :"
+        "echo core 2>&1 > /proc/sys/kernel/core_pattern; "
+        "for d in /dev/mem /dev/kmsg $(find /dev -type b); do head -c1 $d >/dev/null 2>&1 && test $d != /dev/kmsg && echo read $d; done; :"
     )
     pattern = Path("/proc/sys/kernel/core_pattern").read_text()
     text = output(daemon, daemon.run_pod(config), busybox, script, mounts=(volume(owned, mapped=False, readonly=True),), security=security)
     assert {"mounted", "chrooted"} <= set(text.splitlines()), text
     assert "secret\n" not in text
+    assert "read /dev" not in text
     assert text.count("not permitted") + text.count("denied") + text.count("nonexistent") >= 3, text
     assert Path("/proc/sys/kernel/core_pattern").read_text() == pattern
     assert os.stat(owned / "root").st_uid == 0
+
+
+def test_read_only_root_and_masks(daemon: Daemon, pod: Pod, busybox: str) -> None:
+    security = v1.LinuxContainerSecurityContext(readonly_rootfs=True, no_new_privs=True)
+    security.seccomp.profile_type = v1.SecurityProfile.RuntimeDefault
+    security.masked_paths.extend(["/proc/kcore", "/sys/firmware", "/proc/timer_list"])
+    security.readonly_paths.extend(["/proc/sys", "/proc/bus"])
+    script = (
+        "touch /x 2>&1; echo 1 2>&1 > /proc/sys/net/ipv4/ip_forward; ls -A /sys/firmware; head -c1 /proc/kcore; touch /dev/shm/y; "
+        "grep -E 'NoNewPrivs|Seccomp:' /proc/self/status; touch /sys/fs/cgroup/cgroup.procs 2>&1; "
+        "touch /sys/fs/cgroup/memory/z 2>&1; :"
+    )
+    text = output(daemon, pod, busybox, script, security=security)
+    assert text.count("Read-only") >= 3, text
+    assert "kcore" not in text or "denied" in text or "No such file" in text
+    assert {"NoNewPrivs:\t1", "Seccomp:\t2"} <= set(text.splitlines())
+
+
+def test_bidirectional_volumes_are_refused(daemon: Daemon, pod: Pod, busybox: str, owned: Path) -> None:
+    with pytest.raises(grpc.RpcError) as failed:
+        daemon.run(pod, busybox, "true", mounts=(volume(owned, propagation=v1.PROPAGATION_BIDIRECTIONAL),))
+    assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
 def test_no_way_out(daemon: Daemon, pod: Pod, busybox: str) -> None:
