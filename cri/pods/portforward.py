@@ -7,6 +7,7 @@ business, and where that goes is the pod's loopback. IPv4 is tried first, then I
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from typing import Final
 
@@ -53,7 +54,7 @@ class Sockets:
                     await asyncio.get_running_loop().sock_connect(sock, (address, port))
             except OSError as error:  # TimeoutError is one
                 sock.close()
-                tried.append(f"{'IPv4' if family == socket.AF_INET else 'IPv6'}: {error.strerror or 'no answer'}")
+                tried.append(f"{'IPv4' if family == socket.AF_INET else 'IPv6'}: {os.strerror(error.errno) if error.errno else 'no answer'}")
             except BaseException:
                 sock.close()
                 raise

@@ -164,7 +164,7 @@ def serve_channels(session: ChannelSession, ports: tuple[int, ...], forwarder: F
 async def serve(session: Session, forwarder: Forwarder) -> None:
     """Until the client is gone, or this is cancelled because the pod is."""
     try:
-        await session.lost
+        await asyncio.wait((session.lost,))  # not awaited itself: to be cancelled in that would cancel it
     finally:
         await forwarder.close()
         session.close()
