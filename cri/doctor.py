@@ -195,6 +195,8 @@ def _user_namespaces(config: Config) -> Iterator[Finding]:
     limit = _read("/proc/sys/user/max_user_namespaces")
     if not Path("/proc/self/ns/user").exists() or limit in ("0", ""):
         yield Finding("user ns", "note", "user namespaces are off", "sysctl -w user.max_user_namespaces=15000, if pods are to use them")
+    elif kernel_version() < (6, 3):
+        yield Finding("user ns", "note", f"up to {limit}, but not for pods: this kernel cannot idmap a tmpfs", "Linux 6.3 or later")
     else:
         yield Finding("user ns", "ok", f"up to {limit}")
 
