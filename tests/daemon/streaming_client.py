@@ -48,7 +48,7 @@ def dial(netns: str, url: str, *, receive_buffer: int = 0) -> socket.socket:
     parts = urlsplit(url)
 
     def connect() -> socket.socket:
-        sock = socket.socket()
+        sock = socket.socket(socket.AF_INET6 if ":" in (parts.hostname or "") else socket.AF_INET)
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         sock.settimeout(20)

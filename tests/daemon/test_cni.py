@@ -101,6 +101,8 @@ def test_pods_reach_each_other_the_node_and_a_host_port(daemon: Daemon, plugins:
     shown = output(daemon, client, "ip", "addr")
     assert all(f"{ip}/" in shown for ip in ips(daemon, client_pod[0])) and "LOOPBACK,UP" in shown
     assert ips(daemon, client_pod[0])[0] in output(daemon, client, "cat", "/etc/hosts")
+    for link in ("all", "default", "eth0"):
+        assert output(daemon, client, "cat", f"/proc/sys/net/ipv6/conf/{link}/accept_ra").strip() == "0", "CVE-2020-10749"
     remove(daemon, server)
     with pytest.raises(Exception, match="returned non-zero"):
         fetch(daemon, "192.0.2.1", 8099)
