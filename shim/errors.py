@@ -6,7 +6,6 @@ import errno as _errno
 import os
 from typing import Any
 
-
 _LONGEST = 1000  # characters of a path or message that cross a process boundary: an error must fit into one datagram
 
 

@@ -28,6 +28,7 @@ from shim.rootfs import lean
 from shim.runtime import pins
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
+from shim.runtime.launch import Job
 from shim.runtime.slots import PidSlots
 from shim.supervisor import adopt, place
 from shim.supervisor.children import Children, watch_signals
@@ -142,7 +143,7 @@ def prepare(settings: Settings, first: socket.socket) -> Core:
     loop.start(adopt.sweep_pins(core))
     server.join(first)
     spares.prepare()
-    return loop
+    return core
 
 
 def take_signals() -> int:
@@ -229,7 +230,7 @@ def made(loop: Loop, children: Children, job: Job, title: str) -> dict[str, int]
     task = loop.start(children.call(job, title))
     while not task.done:
         loop.turn(5.0)
-    return task.result()[1]["lean"]
+    return task.result()[1]
 
 
 def seccomp_cache(state: int) -> int:

@@ -137,7 +137,8 @@ SECCOMP_MINIMAL = Seccomp(
         SeccompRule(
             tuple(
                 "execve exit exit_group brk arch_prctl set_tid_address set_robust_list rseq prlimit64 getrandom mprotect readlink "
-                "readlinkat getuid getgid setuid setgid write ioctl fstat newfstatat prctl setresuid setresgid setsid capset clone fork vfork".split()
+                "readlinkat getuid getgid setuid setgid write ioctl fstat newfstatat "
+                "prctl setresuid setresgid setsid capset clone fork vfork".split()
             ),
             "SCMP_ACT_ALLOW",
         ),
