@@ -56,7 +56,7 @@ def spec(**changes: Any) -> Spec:
         (Process(("a",), no_new_privileges=True, oom_score_adj=0), {"args": ["a"], "cwd": "/", "noNewPrivileges": True, "oomScoreAdj": 0}),
         (Seccomp("SCMP_ACT_ERRNO", default_errno_ret=1), {"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1}),
         (Namespace(NamespaceType.PID, "pod:pid"), {"type": "pid", "path": "pod:pid"}),
-        (User(0, 0, (1,), groups_policy=GroupsPolicy.MERGE), {"uid": 0, "gid": 0, "additionalGids": [1], "groupsPolicy": "Merge"}),
+        (User(0, 0, None, (1,), groups_policy=GroupsPolicy.MERGE), {"uid": 0, "gid": 0, "additionalGids": [1], "groupsPolicy": "Merge"}),
         (DeviceCgroup(allow=False), {"allow": False}),  # no default: always written, as the schema requires
         (Linux(cgroups_path="/a"), {"cgroupsPath": "/a"}),
         (Resources(block_io=BlockIO(weight=5), unified={"a": "b"}), {"blockIO": {"weight": 5}, "unified": {"a": "b"}}),
