@@ -47,7 +47,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     image = directory / "image"
     with image.open("wb") as file:
         file.truncate(32 << 20)
-    subprocess.run(["mke2fs", "-q", str(image)], check=True)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", str(image)], check=True)
     subprocess.run(["mount", "-o", "loop", str(image), str(directory)], check=True)
     try:
         yield directory
