@@ -16,12 +16,12 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from cri import payloads
 from cri.facts import ContainerFacts, Created, ExecSession, PodFacts, PodHandles, Snapshot, Started
 from cri.line import Line, Lost, unpack
 from cri.orphans import Orphans
 from shim import client, wire
 from shim.errors import Failure
-from shim.linux import libc
 from shim.oci import codec
 from shim.oci.bundle import ExitRecord
 from shim.oci.spec import Process, Resources, User
@@ -50,6 +50,8 @@ class Supervisor:
         self._consoles: dict[str, int] = {}
         self._sessions: dict[str, ExecSession] = {}
         self._starting: dict[str, int | None] = {}  # exec sessions whose start is not answered; exit codes that overtook it
+        self._long_way: set[str] = set()  # containers whose exec sessions the agent cannot start
+        self._facts = payloads.Facts()
         self._tasks: set[asyncio.Task[None]] = set()
         self._orphans = Orphans(self._loop, self._orphan_ended)
         self.on_exit: Callable[[str, ExitRecord], None] = lambda container_id, exit: None
@@ -108,7 +110,7 @@ class Supervisor:
 
     async def create_pod(self, pod_id: str, directory: Path) -> PodHandles:
         """Make the namespaces that ``directory``/sandbox.json asks for."""
-        with _opened(directory) as fd:
+        with payloads.directory(directory) as fd:
             ok, fds = await self._call("pod.create", (fd,), id=pod_id)
         netlink = fds.pop("netlink", None)
         self._pod_fds[pod_id] = fds
@@ -151,7 +153,7 @@ class Supervisor:
         }
         if target is not None:
             fields["target"] = target
-        with _opened(bundle) as fd:
+        with payloads.directory(bundle) as fd:
             ok, fds = await self._call("container.create", (fd,), **fields)
         if "console" in fds:
             self._consoles[container_id] = fds["console"]
@@ -174,12 +176,13 @@ class Supervisor:
         """Kill if need be, remove the cgroup. Idempotent; raises Failure for a process that does not die."""
         await self._call("container.delete", id=container_id)
         self._containers.pop(container_id, None)
+        self._long_way.discard(container_id)
         console = self._consoles.pop(container_id, None)
         if console is not None:
             os.close(console)
 
     async def update_container(self, container_id: str, resources: Resources) -> None:
-        with _payload(resources) as fd:
+        with payloads.sealed(resources) as fd:
             await self._call("container.update", (fd,), id=container_id)
 
     async def resize(self, target_id: str, height: int, width: int, *, session: bool = False) -> None:
@@ -208,9 +211,10 @@ class Supervisor:
         given = {name: fd for name, fd in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)) if fd is not None}
         self._starting[exec_id] = None
         try:
-            with _payload(process) as payload:
-                fields = {"id": exec_id, "container": container_id, "tty": process.terminal, "fds": ["payload", *given]}
-                ok, fds = await self._call("exec.start", (payload, *given.values()), **fields)
+            try:
+                ok, fds = await self._exec(container_id, exec_id, process, given)
+            except Failure as failure:
+                raise payloads.named(failure, process) from None
         finally:
             code = self._starting.pop(exec_id)
         session = ExecSession(exec_id, container_id, ok["pid"], fds["pidfd"], fds.get("console"), self._loop.create_future())
@@ -218,6 +222,23 @@ class Supervisor:
         if code is not None:  # its exit was read in the same go as the answer
             self._session_ended(exec_id, code)
         return session
+
+    async def _exec(
+        self, container_id: str, exec_id: str, process: Process, given: dict[str, int]
+    ) -> tuple[dict[str, Any], dict[str, int]]:
+        """By the agent, unless the container or the session is known, or turns out, to need the long way."""
+        fields = {"id": exec_id, "container": container_id, "tty": process.terminal}
+        if not process.terminal and container_id not in self._long_way:
+            try:
+                with payloads.block(process) as block:
+                    names, facts = ["block", *given], self._facts.of(process)
+                    return await self._call("exec.start", (block, *given.values()), **fields, fds=names, facts=facts)
+            except Failure as failure:
+                if failure.operation != wire.LONG_WAY:
+                    raise
+                self._long_way.add(container_id)
+        with payloads.sealed(process) as payload:
+            return await self._call("exec.start", (payload, *given.values()), **fields, fds=["payload", *given])
 
     async def _end_unwanted(self, exec_id: str, starting: asyncio.Task[tuple[dict[str, Any], dict[str, int]]]) -> None:
         """The caller was cancelled while its process was being started: nobody would ever end it."""
@@ -409,26 +430,6 @@ def _exit_record(fields: dict[str, Any]) -> ExitRecord:
     return ExitRecord(
         fields["exit_code"], fields["finished_at"], fields["oom_killed"], fields["reason"], fields["signal"], fields["message"]
     )
-
-
-class _opened:
-    """A directory's fd for the length of a ``with``."""
-
-    def __init__(self, directory: Path) -> None:
-        self._fd = os.open(directory, _DIRECTORY)
-
-    def __enter__(self) -> int:
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
-class _payload(_opened):
-    """An OCI object in a sealed memfd: it never passes through the supervisor's memory."""
-
-    def __init__(self, value: Process | Resources) -> None:
-        self._fd = libc.sealed_memfd("cri-shim-payload", codec.encode(value))
 
 
 def _close_all(fds: Any) -> None:

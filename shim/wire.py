@@ -23,6 +23,7 @@ from shim.errors import Failure
 from shim.linux import libc
 
 VERSION = 1
+LONG_WAY = "agent"  # the operation in a Failure of exec.start that says: send the whole process, not a block
 INLINE = 32 * 1024  # bytes of JSON beside which the payload goes into a memfd
 MAX_PAYLOAD = 16 << 20  # bytes, the largest gRPC message
 MAX_FDS = 32  # per message: one container's or one pod's
@@ -258,7 +259,7 @@ OPERATIONS: dict[str, Operation] = {
     "container.update": Operation(_ID, fds=(1, 1), repeatable=True),
     "container.resize": Operation({"id": str, "height": int, "width": int}, repeatable=True),
     "reaped": Operation({"pid": int, "status": int}, repeatable=True),
-    "exec.start": Operation({"id": str, "container": str, "tty": bool, "fds": list}, fds=(1, 4)),
+    "exec.start": Operation({"id": str, "container": str, "tty": bool, "fds": list}, {"facts": str}, fds=(1, 4)),
     "exec.adopt": Operation({"id": str, "container": str, "pid": int}, fds=(1, 1), repeatable=True),
     "exec.kill": Operation({"id": str, "signal": int, "tree": bool}, repeatable=True),
     "exec.resize": Operation({"id": str, "height": int, "width": int}, repeatable=True),

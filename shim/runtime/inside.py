@@ -17,12 +17,12 @@ from typing import NoReturn
 
 from shim.errors import Failure
 from shim.linux import libc, mount, path, process
+from shim.oci.command import candidates
 from shim.oci.spec import Box, Process, User
 from shim.runtime import users
 from shim.runtime.lastfork import Command
 
 MAX_ACCOUNTS_FILE = 10 << 20  # bytes of /etc/passwd or /etc/group that are read (CVE-2025-4437: unbounded reads)
-DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NR_GETCWD = 79 if libc.MACHINE == "x86_64" else 17
 _TIOCSPTLCK, _TIOCGPTN, _TIOCGPTPEER = 0x40045431, 0x80045430, 0x5441
 
@@ -183,8 +183,7 @@ class Program:
         keys = {item.partition("=")[0] for item in env}
         if "HOME" not in keys:
             env.append(f"HOME={home}")
-        search = next((e[5:] for e in reversed(env) if e.startswith("PATH=")), DEFAULT_PATH)
-        places = [name] if "/" in name else [f"{d or '.'}/{name}" for d in search.split(":")]
+        places = candidates(process_.args, env)
         argv = [os.fsencode(a) for a in process_.args]
         environment = [os.fsencode(e) for e in env]
         self._name, self._searched = name, "/" not in name

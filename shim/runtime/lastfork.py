@@ -97,7 +97,8 @@ class LastFork:
         paths = addresses[arguments + environment :]
         vectors = self.block + (8 + len(paths) + 1) * _WORD
         program = vectors + (arguments + 1 + environment + 1) * _WORD
-        words = [*head, vectors, vectors + (arguments + 1) * _WORD, program if bpf else 0, flags, int(terminal), *paths, 0, *argv, 0, *env, 0]
+        pointers = (vectors, vectors + (arguments + 1) * _WORD, program if bpf else 0)
+        words = [*head, *pointers, flags, int(terminal), *paths, 0, *argv, 0, *env, 0]
         packed = struct.pack(f"{len(words)}Q", *words) + struct.pack("@HP", len(bpf) // 8, filter_at)
         return b"".join((packed, bpf, *(text + b"\0" for text in (*command.argv, *command.env, *command.paths))))
 

@@ -7,11 +7,9 @@ handlers, so no signal from inside its namespace ends it (pid_namespaces(7)).
 
 from __future__ import annotations
 
-import platform
 import struct
 
-_BASE = 0x400000
-_HEADERS = 64 + 56
+from shim.runtime import elf
 
 # pause() for ever. x86_64: mov eax, 34; syscall; jmp -9
 _X86_64 = bytes.fromhex("b822000000" "0f05" "ebf7")
@@ -20,15 +18,9 @@ _X86_64 = bytes.fromhex("b822000000" "0f05" "ebf7")
 _AARCH64 = struct.pack(
     "<8I", 0xD2800000, 0xD2800001, 0xD2800002, 0xD2800003, 0xD2800004, 0x52800928, 0xD4000001, 0x17FFFFF9
 )
-_MACHINES = {"x86_64": (62, _X86_64), "aarch64": (183, _AARCH64)}
+_CODE = {"x86_64": _X86_64, "aarch64": _AARCH64}
 
 
-def image(machine: str | None = None) -> bytes:
+def image(machine: str = elf.MACHINE) -> bytes:
     """The executable for ``machine`` (``uname -m``). Raises KeyError where the project does not run."""
-    number, code = _MACHINES[machine or platform.machine()]
-    size = _HEADERS + len(code)
-    header = struct.pack(
-        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, number, 1, _BASE + _HEADERS, 64, 0, 0, 64, 56, 1, 0, 0, 0
-    )
-    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, _BASE, _BASE, size, size, 0x1000)  # PT_LOAD, read and execute
-    return header + segment + code
+    return elf.executable(_CODE[machine], machine)

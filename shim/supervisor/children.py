@@ -7,7 +7,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shim import wire
 from shim.errors import Failure
@@ -15,6 +15,9 @@ from shim.linux import libc
 from shim.runtime import launch
 from shim.runtime.slots import PidSlots
 from shim.supervisor.loop import CHILDREN, EXIT, Future, Loop
+
+if TYPE_CHECKING:
+    from shim.supervisor.agents import Launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +173,7 @@ class Children:
         self.loop, self.slots = loop, slots
         self.known: dict[int, Process] = {}
         self._launching: set[int] = set()  # slots in use
+        self.launches: set[Launch] = set()  # agents on their way
         self._birthplace = birthplace
 
     def run(self, job: launch.Job, title: str, cgroup: int | None = None) -> Job:
@@ -203,6 +207,11 @@ class Children:
         finally:
             self.release_slot(slot)
 
+    def adopt_launch(self, launch: Launch) -> Process | None:
+        """The process that an agent forked last, ours by CLONE_PARENT; None if it forked none."""
+        pid = launch.pid
+        return Process(self, pid, libc.pidfd_open(pid)) if pid else None
+
     def release_slot(self, slot: int) -> None:
         self._launching.discard(slot)
         self.slots.release(slot)
@@ -219,7 +228,9 @@ class Children:
             process = self.known.get(found.si_pid)
             if process is not None:
                 process.check()
-            elif any(self.slots.pid(slot) == found.si_pid for slot in self._launching):
+            elif any(self.slots.pid(slot) == found.si_pid for slot in self._launching) or any(
+                launch.pid == found.si_pid for launch in self.launches
+            ):
                 return  # the launch ends with adopt_slot, and its exit brings us back here
             else:
                 os.waitid(os.P_PID, found.si_pid, os.WEXITED | os.WNOHANG)

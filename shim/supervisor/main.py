@@ -31,11 +31,11 @@ from shim.runtime.context import Context
 from shim.runtime.launch import Job
 from shim.runtime.slots import PidSlots
 from shim.supervisor import adopt, place
+from shim.supervisor.agents import Agents
 from shim.supervisor.children import Children, watch_signals
 from shim.supervisor.logs import Logs
 from shim.supervisor.loop import Loop
 from shim.supervisor.server import Server
-from shim.supervisor.spare import Spares
 from shim.supervisor.table import Core, Table
 
 _OOM_SCORE = -999  # the kernel takes us last but one: -1000 would exempt us, and then children that forget to reset it
@@ -125,24 +125,23 @@ def prepare(settings: Settings, first: socket.socket) -> Core:
         host_mntns=os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC),
         lean_mntns=made(loop, children, Lean(), "lean namespace")["lean"],
         proc=proc,
-        seccomp_cache=seccomp_cache(state),
         pins=made(loop, children, pins.Open(os.path.realpath(settings.state)), "pins namespace").get("pins"),
+        seccomp_cache=seccomp_cache(state),
         inherited=inherited,
         slots=slots,
     )
     server, table = Server(loop), Table()
-    path, spares = os.path.realpath(settings.state), Spares(children, context)
-    core = Core(loop, children, context, table, state, path, process.boot_id(), spares, server.publish, log)
+    path, agents = os.path.realpath(settings.state), Agents(children, context)
+    core = Core(loop, children, context, table, state, path, process.boot_id(), agents, server.publish, log)
     logs = Logs(children, table, state, server.publish, log)
     gc.collect()
     gc.freeze()  # forked children then share these pages for good
     logs.start()
     adopt.adopt(core, logs)
     loop.start(adopt.watch_groups(core))
-    server.open(core, logs)
     loop.start(adopt.sweep_pins(core))
+    server.open(core, logs)
     server.join(first)
-    spares.prepare()
     return core
 
 

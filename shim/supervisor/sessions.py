@@ -4,46 +4,96 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from typing import Any
 
-from shim import cgroups
+from shim import cgroups, wire
 from shim.errors import Failure
-from shim.runtime import jobs
+from shim.runtime import agent, jobs
 from shim.runtime.exec import Exec
 from shim.supervisor import exits
+from shim.supervisor.agents import Launch
 from shim.supervisor.children import Job, Process
 from shim.supervisor.containers import set_size
 from shim.supervisor.logs import Logs
 from shim.supervisor.request import Request
-from shim.supervisor.spare import order
 from shim.supervisor.table import Container, Core, Session
 
 _STREAMS = ("stdin", "stdout", "stderr")
 
 
 async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
-    """Run a process. The answer comes when its execve has succeeded and carries its pidfd and, for a terminal, the console."""
+    """Run a process. The answer comes when its execve has succeeded and carries its pidfd and, for a terminal, the console.
+
+    The first fd is a ``block`` with the facts beside it, for the agent, or a ``payload`` with the whole process.
+    """
     container = core.table.running(request.body["container"])
-    process, group = container.process, container.group
-    if process is None or group is None or request.id in core.table.sessions:
+    if container.process is None or container.group is None or request.id in core.table.sessions:
         raise Failure("exec", path=request.id, message="the session exists")
     names = request.body["fds"]
-    if len(names) != len(request.fds) or names[:1] != ["payload"] or not set(names[1:]) <= set(_STREAMS):
+    if len(names) != len(request.fds) or names[:1] not in (["payload"], ["block"]) or not set(names[1:]) <= set(_STREAMS):
         raise Failure("exec", path="fds", message="does not name the fds")
     given = dict(zip(names, request.fds, strict=True))
+    console: int | None = None
+    if "block" in given:
+        forked = await _by_agent(core, container, container.process, str(request.body.get("facts", "")), given)
+    else:
+        forked, console = await _by_fork(core, container, container.group, container.process, given)
+    session = Session(request.id, container, forked, console)
+    core.table.sessions[session.id] = session
+    forked.ended.then(lambda: core.loop.start(_ended(core, session)))
+    request.lent["pidfd"] = forked.pidfd
+    if console is not None:
+        request.lent["console"] = console
+    return {"pid": forked.pid}
+
+
+async def _by_agent(core: Core, container: Container, init: Process, facts: str, given: dict[str, int]) -> Process:
+    """The short way: see ``shim.runtime.agent``."""
+    streams = {name: fd for name, fd in given.items() if name != "block"}
+    program = core.agents.program(container, facts, streams) if core.agents.usable else None
+    if program is None:
+        raise Failure("exec", wire.LONG_WAY, message="a session of this kind takes the long way")
+    launch = core.agents.spawn(program, given["block"], init.pidfd, streams)
+    try:
+        report = await _report(core, launch)
+        forked = core.children.adopt_launch(launch)
+    finally:
+        core.agents.forget(launch)
+        core.loop.call_soon(core.children.reap_strays)  # what had to wait for us to take the pid
+    if not report and forked is not None:
+        return forked
+    if forked is not None:
+        await core.loop.within(forked.ended, 2.0)
+        forked.close()
+    if not report:
+        raise Failure("exec", message="the process died before its program ran")
+    if agent.needs_the_long_way(report):
+        raise Failure("exec", wire.LONG_WAY, message=str(agent.failure(report, program.process)))
+    raise agent.failure(report, program.process)
+
+
+async def _report(core: Core, launch: Launch) -> bytes:
+    """What the agent says of a failure; nothing, once every end of the channel is closed, of a success."""
+    ready = core.loop.future()
+    number = launch.channel.fileno()
+    core.loop.add(number, lambda: ready.set(None))
+    try:
+        await ready
+    finally:
+        core.loop.remove(number)
+    return launch.channel.recv(64)
+
+
+async def _by_fork(
+    core: Core, container: Container, group: cgroups.Group, init: Process, given: dict[str, int]
+) -> tuple[Process, int | None]:
+    """The long way, for terminals and whatever else cannot be planned: a child of ours does it. Returns the console too."""
     slot = core.children.take_slot()
     job: Job | None = None
     fds: dict[str, int] = {}
     try:
-        launch = Launch(core, container, group, {"init": process.pidfd, "bundle": container.bundle, **given}, slot)
-        job = launch.spare() or launch.fork()
-        first = await job.message()
-        if first is None and launch.used_spare:  # somebody killed it before it had its orders
-            job.close()
-            job = launch.fork()
-            first = await job.message()
-        _, fds = job.unpack(first) if first is not None else await job.answer()
+        job = _fork(core, container, group, init, given, slot)
+        _, fds = await job.answer()
         message = await job.message()
         forked = core.children.adopt_slot(slot)
         slot = -1
@@ -58,47 +108,24 @@ async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
             job.close()
         if slot >= 0:
             core.children.release_slot(slot)
-    session = Session(request.id, container, forked, fds.get("console"))
-    core.table.sessions[session.id] = session
-    forked.ended.then(lambda: core.loop.start(_ended(core, session)))
-    request.lent["pidfd"] = forked.pidfd
-    if session.console is not None:
-        request.lent["console"] = session.console
-    return {"pid": forked.pid}
+    return forked, fds.get("console")
 
 
-@dataclass(slots=True)
-class Launch:
-    """The ways to a child that becomes the session's process."""
+def _fork(core: Core, container: Container, group: cgroups.Group, init: Process, given: dict[str, int], slot: int) -> Job:
+    streams = (given.get("stdin"), given.get("stdout"), given.get("stderr"))
 
-    core: Core
-    container: Container
-    group: cgroups.Group
-    fds: dict[str, int]
-    slot: int
-    used_spare: bool = False
+    def order(*, born: bool) -> Exec:
+        return Exec(core.context, group, init.pidfd, container.bundle, given["payload"], slot, *streams, in_cgroup=born)
 
-    def spare(self) -> Job | None:
-        """One that is ready, if any. Not with cgroup v2: a child born in the container's cgroup saves a move, which is slow there."""
-        if self.group.version == 2:
-            return None
-        job = self.core.spares.take(self.group, self.slot, self.fds)
-        self.used_spare = job is not None
-        return job
-
-    def fork(self) -> Job:
-        if self.group.version == 2:
-            if self.container.group_fd is None:
-                self.container.group_fd = cgroups.open_dir(self.group)
-            try:
-                return self.core.children.run(self._order(born=True), "exec", self.container.group_fd)
-            except Failure as failure:
-                if failure.errno not in (errno.EBUSY, errno.EOPNOTSUPP):  # a container that made domains of its own below
-                    raise
-        return self.core.children.run(self._order(born=False), "exec")
-
-    def _order(self, *, born: bool) -> Exec:
-        return order(self.core.context, self.group, self.slot, self.fds, in_cgroup=born)
+    if group.version == 2:
+        if container.group_fd is None:
+            container.group_fd = cgroups.open_dir(group)
+        try:
+            return core.children.run(order(born=True), "exec", container.group_fd)
+        except Failure as failure:
+            if failure.errno not in (errno.EBUSY, errno.EOPNOTSUPP):  # a container that made domains of its own below
+                raise
+    return core.children.run(order(born=False), "exec")
 
 
 async def _failed(core: Core, body: dict[str, Any], forked: Process | None) -> None:

@@ -17,9 +17,9 @@ from shim.errors import Failure
 from shim.linux import path
 from shim.oci.bundle import ExitRecord
 from shim.runtime.context import Context, PodHandles
+from shim.supervisor.agents import Agents, Program
 from shim.supervisor.children import Children, Job, Process
 from shim.supervisor.loop import Future, Loop, Task
-from shim.supervisor.spare import Spares
 
 RECORD = "runtime.json"
 RECORD_VERSION = 1
@@ -89,6 +89,7 @@ class Container:
     hooks: tuple[str, ...] = ()
     group: cgroups.Group | None = None
     group_fd: int | None = None
+    programs: dict[tuple[str, frozenset[int]], Program] = field(default_factory=dict)  # of exec sessions, see ``agents``
     oom: oom.OomWatch | None = None
     oom_kills: int = 0
     started_at: int = 0  # ns since the epoch
@@ -132,6 +133,9 @@ class Container:
         if self.group_fd is not None:
             os.close(self.group_fd)
             self.group_fd = None
+        for program in self.programs.values():
+            os.close(program.fd)
+        self.programs.clear()
         os.close(self.bundle)
 
 
@@ -190,7 +194,7 @@ class Core:
     state: int  # fd of the state directory
     state_path: str
     boot_id: str
-    spares: Spares
+    agents: Agents
     publish: Callable[[dict[str, Any]], None]  # an event to the daemon
     log: Callable[[str], None]
 
