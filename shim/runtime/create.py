@@ -29,6 +29,7 @@ from shim.runtime import hooks, inside, kept, launch, namespaces, pins, sysctl
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context, PodHandles
 from shim.runtime.final import Final, start_clean
+from shim.runtime.hooks_outside import Order, Outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Stage1:
     group: Group = field(init=False)
     oom_fds: list[int] = field(init=False)
     kept_fd: int = field(init=False)
+    hooks_outside: Outside | None = None
 
     def run(self) -> None:
         spec, context = self.spec, self.job.context
@@ -92,6 +94,9 @@ class Stage1:
         birthplace = cgroups.open_dir(self.group) if pid_mode is namespaces.PidMode.NEW and user is None else None
         if birthplace is None:
             cgroups.join(self.group)
+        if kept_.root is not None and hooks.of_stage(spec, "createContainer"):
+            shared = namespaces.shared(spec, self.job.pod)
+            self.hooks_outside = Outside(Order(spec, self.job.id, self.job.bundle_path, kept_.root, context.host_mntns, shared))
         namespaces.join(spec, self.job.pod, self.job.target)
         namespaces.new_mount_namespace(self.job.pod.mount, user)
 
@@ -170,7 +175,10 @@ class Stage1:
             rootfs.make_visible(operations, prepared, proc_fd=self.proc)
         rootfd = rootfs.attach_root(prepared)
         rootfs.attach(operations, prepared, rootfd, proc_fd=self.proc)
-        hooks.create_container(spec, rootfd, self.job.context.host_mntns, self.job.id, self.job.bundle_path)
+        if self.hooks_outside is not None:
+            self.hooks_outside.run(rootfd)
+        else:
+            hooks.create_container(spec, rootfd, self.job.context.host_mntns, self.job.id, self.job.bundle_path)
         namespaces.set_names(spec)
         if spec.linux.sysctl:
             sysctl.apply(self.job.context.proc, spec.linux.sysctl)

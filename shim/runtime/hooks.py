@@ -149,14 +149,23 @@ class HooksJob:
         channel.send({"ok": {}})
 
 
+def show_root(tree: int, host_mntns: int, bundle_path: str) -> None:
+    """Enter a mount namespace with the host's files, and the detached ``tree`` at the bundle's ``rootfs``."""
+    libc.setns(host_mntns, libc.CLONE_NEWNS)
+    libc.unshare(libc.CLONE_NEWNS)
+    mount.make_private("/")
+    target = f"{bundle_path}/rootfs"
+    os.makedirs(target, 0o700, exist_ok=True)
+    fd = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    mount.move_mount(tree, fd)
+    os.close(fd)
+
+
 def create_container(spec: Spec, rootfd: int, host_mntns: int, container_id: str, bundle_path: str) -> None:
     """createContainer hooks, in a forked child that sees the host's files with the container's root at ``<bundle>/rootfs``."""
     hooks = of_stage(spec, "createContainer")
     if not hooks:
         return
-    if spec.linux.uid_mappings:
-        # They see the host's files, and a process in a user namespace cannot enter the host's mount namespace.
-        raise Failure("hook", "createContainer", message="cannot be run for a container in a user namespace", path="hooks.createContainer")
     tree = mount.clone_mount(rootfd, recursive=True)
     payload = state(spec, container_id, "creating", 0, bundle_path)
     read, write = os.pipe()
@@ -164,13 +173,7 @@ def create_container(spec: Spec, rootfd: int, host_mntns: int, container_id: str
     if pid == 0:
         code = 1
         try:
-            libc.setns(host_mntns, libc.CLONE_NEWNS)
-            libc.unshare(libc.CLONE_NEWNS)
-            mount.make_private("/")
-            target = f"{bundle_path}/rootfs"
-            os.makedirs(target, 0o700, exist_ok=True)
-            fd = os.open(target, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            mount.move_mount(tree, fd)
+            show_root(tree, host_mntns, bundle_path)
             run_all(hooks, payload)
             code = 0
         except Failure as failure:

@@ -83,6 +83,13 @@ def _join_one(kind: NamespaceType, where: str, pod: dict[str, int], target: int 
         os.close(fd)
 
 
+def shared(spec: Spec, pod: PodHandles) -> list[tuple[int, int]]:
+    """Fds and types of those network, IPC and UTS namespaces that the container has in common with its pod."""
+    kinds = (NamespaceType.NETWORK, NamespaceType.IPC, NamespaceType.UTS)
+    named = pod.named()
+    return [(named[n.type.value], FLAGS[n.type]) for n in spec.linux.namespaces if n.type in kinds and n.path == f"pod:{n.type.value}"]
+
+
 def new_mount_namespace(pod_mount: int, user: int | None = None) -> None:
     """A mount namespace with a copy of the pod's few mounts: its cost does not grow with the host's mount table. With ``user`` it belongs
     to that user namespace, whose root this process is from then on."""

@@ -261,11 +261,26 @@ async def test_supervised_only_the_pods_user_namespace() -> None:
 
 
 async def test_supervised_hooks_that_need_the_host() -> None:
+    """createContainer hooks use the host's programs and write into the idmapped root, as its root."""
+
+    def hooked(script: str) -> Callable[[Spec], Spec]:
+        hooks = Hooks(create_container=(Hook("/bin/sh", ("sh", "-c", script), ("PATH=/usr/bin:/bin",)),))
+        return in_userns(lambda s: replace(s, hooks=hooks))
+
+    script = (
+        'b=$(sed \'s/.*"bundle": *"\\([^"]*\\).*/\\1/\'); echo made > $b/rootfs/etc/made; ln -s made $b/rootfs/etc/link; '
+        "hostname >> $b/rootfs/etc/made; ls $b/rootfs/proc/self"
+    )
     async with rig() as node:
         pod = await user_pod(node, *ALL)
-        hooks = Hooks(create_container=(Hook("/bin/true", ("true",)),))
-        with pytest.raises(Failure, match="createContainer"):
-            await node.create(pod, "true", change=in_userns(lambda s: replace(s, hooks=hooks)))
+        name = await node.run(pod, "sh", "-c", "cat /etc/link; ls -ln /etc/made", change=hooked(script))
+        await node.exit(name)
+        assert node.lines(name)[:2] == ["made", "pod"]
+        assert node.lines(name)[2].split()[2:4] == ["0", "0"]
+        with pytest.raises(Failure, match="exit code 3: it says why"):
+            await node.create(pod, "true", change=hooked("echo it says why; exit 3"))
+        assert not (node.root / "etc/made").is_symlink()
+        assert os.stat(node.root / "etc/made").st_uid == 0, "on the disk, too"
 
 
 @pytest.mark.parametrize("kinds", [ALL, (N.IPC,), (*ALL, N.PID)])
