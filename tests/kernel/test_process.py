@@ -138,7 +138,8 @@ SECCOMP_MINIMAL = Seccomp(
             tuple(
                 "execve exit exit_group brk arch_prctl set_tid_address set_robust_list rseq prlimit64 getrandom mprotect readlink "
                 "readlinkat getuid getgid setuid setgid write ioctl fstat newfstatat "
-                "prctl setresuid setresgid setsid capset clone fork vfork".split()
+                "prctl setresuid setresgid setsid capset clone fork vfork "
+                "nanosleep clock_nanosleep".split()
             ),
             "SCMP_ACT_ALLOW",
         ),
@@ -161,6 +162,14 @@ async def test_minimal_filter(pid: str, no_new_privileges: bool) -> None:
             return replace(spec, process=changed, linux=replace(spec.linux, seccomp=SECCOMP_MINIMAL))
 
         assert await said(node, pod, "echo", "filtered", change=change, pid=pid) == ["filtered"]
+        name = await node.run(pod, "sleep", "60", change=change, pid=pid)
+        process = change(node.spec(name, ("echo", "again"))).process
+        read, write = os.pipe()
+        session = await node.supervisor.exec(name, token_hex(16), process, stdin=None, stdout=write, stderr=write)
+        os.close(write)
+        assert await session.exited == 0
+        assert os.read(read, 100) == b"again\n"
+        os.close(read)
 
 
 async def test_environment_is_the_containers_own() -> None:
