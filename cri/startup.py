@@ -91,7 +91,7 @@ def serve(config: Config) -> int:
     held = lock(config)
     log.setup(config.log.level, config.log.format)
     link = client.ensure(Path(config.state), interpreter(), runtime_cgroup=config.cgroup.runtime_cgroup)
-    # Only now: a supervisor takes the limits it is started with as those of containers.
+    # Only now: shim.client gives containers the limit that it found.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     from cri import daemon

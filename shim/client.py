@@ -24,7 +24,9 @@ from shim.linux import libc, mount, process
 
 SOCKET = "supervisor.sock"
 LOG = "supervisor.log"
-_PATIENCE = 10.0  # s for a supervisor to answer its first message
+_PATIENCE = 10.0  # s for a supervisor that runs to answer its first message; then it counts as hung
+_BIRTH = 90.0  # s for one that has just been started: an emulated or overloaded machine takes its time, and death is seen at once
+FILES = libc.prlimit(0, 7)  # RLIMIT_NOFILE before the daemon raises it: that of every supervisor, and so of containers
 _ENTRY = "import sys; sys.path.append(sys.argv[2]); from shim.supervisor.boot import main; main()"
 _ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
@@ -106,19 +108,19 @@ def _connect(state: Path) -> Link | None:
     return None
 
 
-def _greet(sock: socket.socket) -> dict[str, Any]:
+def _greet(sock: socket.socket, patience: float = _PATIENCE) -> dict[str, Any]:
     """Say hello and wait for what there is. Raises TimeoutError, EOFError, or the supervisor's Failure."""
     sock.setblocking(True)
     sock.send(wire.encode({"v": wire.VERSION, "n": 0, "op": "hello", "version": wire.VERSION}))
-    return _receive(sock)
+    return _receive(sock, patience)
 
 
-def _receive(sock: socket.socket) -> dict[str, Any]:
+def _receive(sock: socket.socket, patience: float = _PATIENCE) -> dict[str, Any]:
     """The reply to the one request that is out, events skipped."""
     connection = wire.Connection(sock)
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     while (left := deadline - time.monotonic()) > 0:
         poll.poll(left * 1000)
         try:
@@ -143,7 +145,7 @@ def _spawn(state: Path, python: Path, runtime_cgroup: str) -> Link:
     start = os.fstat(log).st_size
     image = read_only_image(python)
     try:
-        settings = {"state": str(state), "runtime_cgroup": runtime_cgroup, "socket": theirs.fileno()}
+        settings = {"state": str(state), "runtime_cgroup": runtime_cgroup, "socket": theirs.fileno(), "files": FILES}
         package = str(Path(__file__).resolve().parent.parent)
         child = subprocess.Popen(
             # The real path as argv[0] lets the interpreter find its prefix, in a virtual environment too.
@@ -167,7 +169,7 @@ def _spawn(state: Path, python: Path, runtime_cgroup: str) -> Link:
     child.returncode = 0  # not subprocess's to reap: whoever watches the pidfd does that
     pidfd = libc.pidfd_open(child.pid)
     try:
-        return Link(ours, child.pid, pidfd, True, _greet(ours))
+        return Link(ours, child.pid, pidfd, True, _greet(ours, _BIRTH))
     except (EOFError, TimeoutError, ConnectionError) as error:
         libc.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED)

@@ -42,6 +42,7 @@ class HostFacts:
     apparmor: bool = False
     selinux: bool = False
     recursive_read_only: bool = True  # mount_setattr(AT_RECURSIVE)
+    ipv6: bool = False  # network namespaces have it, even where it is disabled on the interfaces
     no_user_namespaces: str = ""  # why pods cannot have one; empty: they can
     read: Callable[[str], bytes] = _no_file  # a regular file of bounded size
     devices: Callable[[str], tuple[oci.Device, ...]] = _no_devices  # the device at a path, or those below a directory

@@ -40,7 +40,7 @@ def build(
         namespaces=kinds,
         hostname=files.pod_hostname(config, host) if NamespaceType.UTS in kinds else "",
         netns_path=netns_path if own_network else "",
-        sysctl=sysctls(config, kinds, handler or HandlerConfig()),
+        sysctl=sysctls(config, kinds, handler or HandlerConfig(), ipv6=host.ipv6),
         userns_path=userns_path if mappings is not None and not own_network else "",
         uid_mappings=mappings[:1] if mappings is not None else (),
         gid_mappings=mappings[1:] if mappings is not None else (),
@@ -49,13 +49,19 @@ def build(
     )
 
 
-def sysctls(config: v1.PodSandboxConfig, kinds: Collection[NamespaceType], handler: HandlerConfig) -> dict[str, str]:
+def sysctls(
+    config: v1.PodSandboxConfig, kinds: Collection[NamespaceType], handler: HandlerConfig, *, ipv6: bool = False
+) -> dict[str, str]:
     """The request's, each checked to belong to a namespace of the pod's own; with the defaults that containerd 2 sets too.
 
     CVE-2022-0811 put a second setting into a value with ``+``; CVE-2022-0532 wrote to the host through hostNetwork and hostIPC.
+    CVE-2020-10749: a pod that sends router advertisements would become the router of its neighbours.
     """
     settings: dict[str, str] = {}
     if NamespaceType.NETWORK in kinds:
+        if ipv6:
+            settings["net.ipv6.conf.all.accept_ra"] = "0"
+            settings["net.ipv6.conf.default.accept_ra"] = "0"
         if handler.unprivileged_ports:
             settings["net.ipv4.ip_unprivileged_port_start"] = "0"
         if handler.unprivileged_icmp:

@@ -50,11 +50,13 @@ class Settings:
     state: str
     runtime_cgroup: str  # "" leaves us where we are
     socket: int  # fd of the first connection
+    files: tuple[int, int]  # RLIMIT_NOFILE for containers: the daemon that starts us may have raised its own
 
     @classmethod
     def parse(cls, text: str) -> Settings:
         fields: dict[str, Any] = json.loads(text)
-        return cls(str(fields["state"]), str(fields["runtime_cgroup"]), int(fields["socket"]))
+        soft, hard = fields["files"]
+        return cls(str(fields["state"]), str(fields["runtime_cgroup"]), int(fields["socket"]), (int(soft), int(hard)))
 
 
 def log(message: str) -> None:
@@ -97,6 +99,7 @@ def main() -> None:
 
 def prepare(settings: Settings, first: socket.socket) -> Core:
     """Everything up to the first request."""
+    libc.prlimit(0, 7, settings.files)
     inherited = process.save_inherited()
     signals = take_signals()
     state = os.open(settings.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

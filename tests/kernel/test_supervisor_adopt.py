@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 from pathlib import Path
 
 import pytest
 
+from shim import client
 from shim.errors import Failure
 from shim.oci.spec import NamespaceType
 from shim.runtime import pins
@@ -51,6 +53,21 @@ async def test_again_and_again() -> None:
         assert await node.output(name, "echo", "still") == (0, "still\n")
         await node.supervisor.kill_container(name, signal.SIGKILL)
         assert (await node.exit(name)).exit_code == 137
+
+
+async def test_open_files_of_containers_are_those_that_the_daemon_was_started_with() -> None:
+    """It raises its own soft limit later, and starts the successors."""
+    soft, hard = client.FILES
+    async with rig() as node:
+        pod = await node.pod()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+        try:
+            await node.kill_supervisor()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        name = await node.run(pod, "sh", "-c", "ulimit -Sn; ulimit -Hn")
+        await node.exit(name)
+        assert node.lines(name) == [str(soft), str(hard)]
 
 
 async def test_an_exit_while_there_is_no_supervisor() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,8 +31,8 @@ def config(sysctls: dict[str, str] | None = None, **options: Any) -> v1.PodSandb
     )
 
 
-def build(pod: v1.PodSandboxConfig, handler: HandlerConfig = PLAIN) -> Sandbox:
-    made = sandbox.build("id", pod, netns_path="/run/netns/id", userns_path="/run/userns/id", host=HOST, handler=handler)
+def build(pod: v1.PodSandboxConfig, handler: HandlerConfig = PLAIN, host: HostFacts = HOST) -> Sandbox:
+    made = sandbox.build("id", pod, netns_path="/run/netns/id", userns_path="/run/userns/id", host=host, handler=handler)
     validate.validate_sandbox(made)
     return made
 
@@ -116,6 +117,16 @@ def test_default_sysctls_give_way_to_the_request() -> None:
     slashed = port.replace(".", "/")
     assert build(config({slashed: "80"}), on).sysctl == {slashed: "80", ping: "0 2147483647"}
     assert build(config(network=v1.NODE), on).sysctl == {}
+
+
+def test_no_router_advertisements() -> None:
+    """CVE-2020-10749; a request may want them."""
+    every, new = "net.ipv6.conf.all.accept_ra", "net.ipv6.conf.default.accept_ra"
+    found = build(config(), host=replace(HOST, ipv6=True)).sysctl
+    assert (found[every], found[new]) == ("0", "0")
+    assert build(config({new: "2"}), host=replace(HOST, ipv6=True)).sysctl[new] == "2"
+    assert every not in build(config()).sysctl
+    assert build(config(network=v1.NODE), host=replace(HOST, ipv6=True)).sysctl == {}
 
 
 @pytest.mark.parametrize(
