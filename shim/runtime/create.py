@@ -52,7 +52,7 @@ class Container:
 
     def __call__(self, channel: Channel) -> None:
         launch.die_with_supervisor()
-        proc = None if self.target is None else namespaces.proc_of(self.target, self.context.proc)  # before the heap holds any secret
+        proc = None if self.target is None else namespaces.proc_from(self.target, self.context.host_mntns, self.context.proc)
         spec, recipe = bundles.load_spec(self.bundle), bundles.load_recipe(self.bundle)
         validate.validate(spec)
         start_clean(self.context, spec.process.oom_score_adj)

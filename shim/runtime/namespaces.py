@@ -121,11 +121,38 @@ def set_names(spec: Spec) -> None:
         libc.setdomainname(spec.domainname)
 
 
-def proc_of(target: int, proc: int) -> int:
-    """A detached procfs of the PID namespace behind ``target`` (a pidfd or namespace fd); ``proc`` is a procfs of this process's.
+def proc_from(process: int, host_mntns: int, proc: int) -> int:
+    """A detached copy of the procfs that the process behind a pidfd has at /proc.
 
-    procfs belongs to the PID namespace of whoever opens it, and setns(2) moves only children there: so a child makes it. Call this
-    before the process holds anything secret, because the child can be read from inside that namespace.
+    Nobody of ours enters its PID namespace, where a process with CAP_SYS_PTRACE could take over whoever does. What is at /proc there
+    is the container's to choose, so it is verified to be the root of that namespace's procfs.
+    """
+    try:
+        libc.setns(process, libc.CLONE_NEWNS)
+        try:
+            fd = mount.open_tree(libc.AT_FDCWD, "/proc")
+        finally:
+            libc.setns(host_mntns, libc.CLONE_NEWNS)
+        wanted = os.stat(f"{_pid_of(process)}/ns/pid", dir_fd=proc).st_ino
+        genuine = libc.fstatfs_type(fd) == mount.PROC_SUPER_MAGIC and os.stat("1/ns/pid", dir_fd=fd).st_ino == wanted
+    except OSError as error:
+        raise Failure.wrap("namespaces", "open_tree", error, "/proc") from None
+    if not genuine:
+        os.close(fd)
+        raise Failure("namespaces", "verify", path="/proc", message="the target has something else there")
+    return fd
+
+
+def _pid_of(pidfd: int) -> int:
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
+
+
+def proc_of(target: int, proc: int) -> int:
+    """A detached procfs of the PID namespace ``target``; ``proc`` is a procfs of this process's.
+
+    procfs belongs to the PID namespace of whoever opens it, and setns(2) moves only children there: so a child makes it. Only for a
+    namespace in which nobody is but our own PID 1: the child is privileged and can be traced from inside. See ``proc_from``.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     before = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)

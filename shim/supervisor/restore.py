@@ -74,7 +74,7 @@ class Restore:
 
     def _mounts(self, sandbox: Sandbox) -> int:
         """The pod's small mount namespace, with the donor's /dev/shm at /shm."""
-        proc = namespaces.proc_of(self.have["pid"], self.context.proc) if "pid" in self.have else None
+        proc = self._proc() if "pid" in self.have else None
         shm = self._donated_shm() if sandbox.shm_size and self.donor is not None else None
         libc.setns(self.context.lean_mntns, libc.CLONE_NEWNS)
         libc.unshare(libc.CLONE_NEWNS)
@@ -90,6 +90,12 @@ class Restore:
             mount.attach(proc, "/proc")
             os.close(proc)
         return self._own("mnt")
+
+    def _proc(self) -> int:
+        """procfs of the shared PID namespace: the donor's, or made inside where nobody lives but PID 1."""
+        if self.donor is None:
+            return namespaces.proc_of(self.have["pid"], self.context.proc)
+        return namespaces.proc_from(self.donor, self.context.host_mntns, self.context.proc)
 
     def _donated_shm(self) -> int:
         """A clone of the donor's /dev/shm. The donor may have put anything there, which harms nobody but its own pod."""
