@@ -36,6 +36,7 @@ class Leftovers:
                 daemon.state / "pods",
                 daemon.state / "containers",
                 daemon.state / "netns",
+                daemon.state / "userns",
                 daemon.root / "pods",
                 daemon.root / "containers",
                 daemon.root / "volumes",
@@ -86,6 +87,29 @@ def disarm(daemon: Daemon, action: str) -> None:
         daemon.disconnect()
         time.sleep(0.1)
         daemon.start()
+
+
+@pytest.mark.parametrize("action", ["exit", "raise"])
+@pytest.mark.parametrize("host_network", [False, True])
+def test_run_sandbox_with_a_user_namespace(armed: Daemon, host_network: bool, action: str) -> None:
+    """Its pin and its PID 1 go, too."""
+    left = Leftovers(armed)
+    config = armed.pod_config(host_network=host_network, shared_pid=True)
+    ids = [v1.IDMapping(host_id=200000, length=65536)]
+    config.linux.security_context.namespace_options.userns_options.CopyFrom(v1.UserNamespace(uids=ids, gids=ids))
+    status = armed.runtime.Status(v1.StatusRequest(), timeout=10)
+    if not status.features.user_namespaces_host_network:
+        pytest.skip("this kernel cannot idmap what a pod with a user namespace needs")
+    arm(armed, "run sandbox/record", action)
+    with pytest.raises(grpc.RpcError):
+        armed.run_pod(config)
+    disarm(armed, action)
+    left.back()
+    if action == "raise":
+        armed.restart()
+    armed.run_pod(config)
+    armed.remove_pods()
+    left.back()
 
 
 @pytest.mark.parametrize("action", ["exit", "raise"])

@@ -6,7 +6,9 @@ import asyncio
 import fcntl
 import os
 import resource
+import shutil
 import signal
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -102,6 +104,37 @@ def test_idmapped_overlay(disk: Path, monkeypatch: pytest.MonkeyPatch, layers: i
     assert owners == {"new": (5, 6), "file0": (7, 8), "etc": (0, 0), ".": (0, 0)}
     assert os.getxattr(upper / "etc", "trusted.overlay.opaque") == b"y"
     assert (upper / "file0").read_text() == "0more"
+
+
+def test_set_id_and_file_capabilities_of_the_image(disk: Path) -> None:
+    """They work inside, and a copied-up file keeps the layer's attribute, which says nothing of the mapping."""
+    recipe = make_layers(disk)
+    layer, capability = Path(recipe.lower[0]), struct.pack("<5I", 0x02000001, 1 << 10, 0, 0, 0)  # revision 2: cap_net_bind_service=ep
+    for name in ("set-id", "capable"):
+        shutil.copy("/usr/bin/cat", layer / name)
+    os.chmod(layer / "set-id", 0o4755)
+    os.setxattr(layer / "capable", "security.capability", capability)
+
+    def body() -> str:
+        user = idmap.user_namespace((IDS, IDS))
+        root = overlay.root_mount(recipe, user, (BASE, BASE))
+        libc.setns(user, libc.CLONE_NEWUSER)
+        userns.become_root()
+        libc.unshare(libc.CLONE_NEWNS)
+        m.attach(root, "/mnt")
+        os.utime("/mnt/capable")
+        os.setgroups([])
+        os.setresgid(1000, 1000, 1000)
+        os.setresuid(1000, 1000, 1000)
+        texts = [
+            subprocess.run([f"/mnt/{name}", "/proc/self/status"], stdout=subprocess.PIPE, text=True).stdout
+            for name in ("set-id", "capable")
+        ]
+        fields = [dict(line.split(":", 1) for line in text.splitlines()) for text in texts]
+        return f"{fields[0]['Uid'].split()[1]} {int(fields[1]['CapEff'], 16):x}"
+
+    assert in_child(body) == "0 400"
+    assert os.getxattr(Path(recipe.upper, "capable"), "security.capability") == capability
 
 
 def test_namespaces_belong_to_the_user_namespace() -> None:
