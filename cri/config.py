@@ -24,6 +24,7 @@ SOCKET_PATH_MAX = 107
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _HANDLER_NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?|")
+_RLIMIT = re.compile(r"RLIMIT_(AS|CORE|CPU|DATA|FSIZE|LOCKS|MEMLOCK|MSGQUEUE|NICE|NOFILE|NPROC|RSS|RTPRIO|RTTIME|SIGPENDING|STACK)")
 
 
 class Seconds(float):
@@ -139,8 +140,31 @@ class Streaming(Section, frozen=True):
 
 
 class Handler(Section, frozen=True):
+    """What ``cri.spec.inputs.HandlerConfig`` says of each."""
+
     #: Privileged containers get no devices of the host.
     privileged_without_host_devices: bool = False
+    #: ... but may make and use any.
+    privileged_without_host_devices_all_devices_allowed: bool = False
+    #: For containers whose request names none: "" (unconfined), "runtime/default" or "localhost//path/of/profile.json".
+    unset_seccomp_profile: str = ""
+    #: Pods with a network of their own: everybody may listen on ports below 1024, and ping.
+    unprivileged_ports: bool = True
+    unprivileged_icmp: bool = True
+    #: RLIMIT_X to (soft, hard); the others are those that the daemon was started with.
+    rlimits: dict[str, tuple[int, int]] = {}
+    #: Exact names of annotations that are copied into the OCI specification.
+    pod_annotations: tuple[str, ...] = ()
+    container_annotations: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, (soft, hard) in self.rlimits.items():
+            if not _RLIMIT.fullmatch(name) or not 0 <= soft <= hard < 2**63:
+                raise ValueError(f"rlimits: want RLIMIT_NAME = [soft, hard] with soft <= hard, got {name} = [{soft}, {hard}]")
+        if self.unset_seccomp_profile not in ("", "unconfined", "runtime/default"):
+            if not self.unset_seccomp_profile.startswith("localhost/"):
+                raise ValueError(f"unset_seccomp_profile: {self.unset_seccomp_profile!r} is not a profile")
+            _absolute(self.unset_seccomp_profile.removeprefix("localhost/"))
 
 
 class Runtime(Section, frozen=True):

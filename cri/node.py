@@ -17,6 +17,7 @@ from cri.network.base import Network
 from cri.spec.inputs import HandlerConfig, HostFacts
 from cri.supervisor import Supervisor
 from protos.runtime.v1 import api_pb2 as v1
+from shim.oci.spec import Rlimit
 
 NAME: Final = "cri-shim"
 _KUBE_VERSION: Final = "0.1.0"  # of the kubelet's own version negotiation; every runtime answers so
@@ -32,10 +33,11 @@ class Node:
 
     @classmethod
     def of(cls, config: Config, host: HostFacts) -> Node:
-        handlers = {
-            name: HandlerConfig(privileged_without_host_devices=handler.privileged_without_host_devices)
-            for name, handler in config.runtime.handlers.items()
-        }
+        handlers = {}
+        for name, handler in config.runtime.handlers.items():
+            settings = msgspec.structs.asdict(handler)
+            settings["rlimits"] = tuple(Rlimit(kind, soft, hard) for kind, (soft, hard) in handler.rlimits.items())
+            handlers[name] = HandlerConfig(**settings)
         return cls(config, host, handlers)
 
 

@@ -50,13 +50,13 @@ async def run(
         raise AlreadyExists(f"sandbox name {name!r} belongs to {existing.id}, which is {kind}", hint="remove that sandbox first")
 
     async def work(operation: Operation) -> str:
-        return await _make(operation, request, pods=pods, supervisor=supervisor, network=network, host=node.host)
+        return await _make(operation, request, pods=pods, supervisor=supervisor, network=network, node=node)
 
     return await pods.operations.run(name, new_id, request, work, timeout=timeout)
 
 
 async def _make(
-    operation: Operation, request: v1.RunPodSandboxRequest, *, pods: Pods, supervisor: Supervisor, network: Network, host: HostFacts
+    operation: Operation, request: v1.RunPodSandboxRequest, *, pods: Pods, supervisor: Supervisor, network: Network, node: Node
 ) -> str:
     layout, pod_id = pods.layout, operation.id
     config = v1.PodSandboxConfig()
@@ -69,7 +69,7 @@ async def _make(
         operation.enter("state directory")
         directory = layout.pod(pod_id)
         undo.push("remove state directory", partial(remove_directory, directory))
-        write_directory(layout, pod, host)
+        write_directory(layout, pod, node)
 
         operation.enter("namespaces")
         undo.push("delete namespaces", partial(supervisor.delete_pod, pod_id))
@@ -89,7 +89,7 @@ async def _make(
                     os.close(fd)
             # An empty address would make the kubelet throw the sandbox away: so they are in the record before it hears of the pod.
             facts.ips, facts.network = list(result.ips), dict(result.raw)
-            _write_hosts(directory, pod, host)
+            _write_hosts(directory, pod, node.host)
 
         operation.enter("record")
         undo.push("remove record", partial(pods.records.remove, pod_id))
@@ -100,7 +100,7 @@ async def _make(
     return pod_id
 
 
-def write_directory(layout: Layout, pod: Pod, host: HostFacts) -> None:
+def write_directory(layout: Layout, pod: Pod, node: Node) -> None:
     """The pod's state directory: what its namespaces need, what its containers mount, and the intent for a recovery."""
     directory = layout.pod(pod.id)
     os.mkdir(directory, 0o700)
@@ -108,14 +108,14 @@ def write_directory(layout: Layout, pod: Pod, host: HostFacts) -> None:
     try:
         if pod.facts.netns_path:  # torn, it still does: its network is then released by the id alone
             _write(fd, INTENT, records.encode(pod.facts, pod.config_json), 0o600)
-        for name, data in files.render(pod.config, host).items():
+        for name, data in files.render(pod.config, node.host).items():
             _write(fd, name, data)
     finally:
         os.close(fd)
     userns = str(layout.userns(pod.id))
-    bundle.write_sandbox(
-        layout.pod(pod.id), sandbox.build(pod.id, pod.config, netns_path=pod.facts.netns_path, userns_path=userns, host=host)
-    )
+    handler = node.handlers[pod.facts.runtime_handler]
+    made = sandbox.build(pod.id, pod.config, netns_path=pod.facts.netns_path, userns_path=userns, host=node.host, handler=handler)
+    bundle.write_sandbox(directory, made)
 
 
 def _write_hosts(directory: Path, pod: Pod, host: HostFacts) -> None:

@@ -59,7 +59,7 @@ class HandlerConfig:
     unprivileged_ports: bool = True  # pods with a network of their own: ports below 1024 for everyone
     unprivileged_icmp: bool = True  # and ping sockets
     rlimits: tuple[oci.Rlimit, ...] = ()  # empty: those of the supervisor at its start
-    hooks: oci.Hooks | None = None
+    hooks: oci.Hooks | None = None  # not in the configuration file
     pod_annotations: tuple[str, ...] = ()  # exact names (CVE-2023-6476: never prefixes) copied into the spec
     container_annotations: tuple[str, ...] = ()
 

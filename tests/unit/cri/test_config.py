@@ -70,6 +70,10 @@ def test_later_layers_win_and_lists_are_replaced(tmp_path: Path) -> None:
         ("[images]\nsignature_policy = '/p'", "not built"),
         ("[metrics]\nlisten = 'localhost:1'", "localhost"),
         ("[runtime.handlers.'A b']", "handler name"),
+        ("[runtime.handlers.a]\nrlimits = { RLIMIT_FILES = [1, 2] }", "RLIMIT_FILES"),
+        ("[runtime.handlers.a]\nrlimits = { RLIMIT_NOFILE = [2, 1] }", "soft <= hard"),
+        ("[runtime.handlers.a]\nunset_seccomp_profile = 'default'", "not a profile"),
+        ("[runtime.handlers.a]\nunset_seccomp_profile = 'localhost/a.json'", "absolute"),
         ("a = ", "config.toml"),
     ],
 )
@@ -99,9 +103,8 @@ def test_missing_file_is_an_error_only_when_named(tmp_path: Path, monkeypatch: p
 
 
 def test_printed_configuration_loads_to_the_same(tmp_path: Path) -> None:
-    first = load(
-        tmp_path, '[runtime.handlers.x]\nprivileged_without_host_devices = true\n[images]\npinned = ["a"]\nprogress_timeout="1500ms"'
-    )
+    handler = "[runtime.handlers.x]\nprivileged_without_host_devices = true\nrlimits = { RLIMIT_CORE = [0, 5] }\npod_annotations = ['a']\n"
+    first = load(tmp_path, handler + '[images]\npinned = ["a"]\nprogress_timeout="1500ms"')
     text = config.to_toml(first)
     assert tomllib.loads(text)["images"]["progress_timeout"] == "1500ms"
     assert load(tmp_path, text) == first
