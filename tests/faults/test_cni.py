@@ -53,7 +53,7 @@ def processes(pod: str = "") -> list[int]:
             environment = Path(f"/proc/{name}/environ").read_bytes()
         except OSError:
             continue
-        if b"CNI_COMMAND=" in environment and b"K8S_POD_UID=uid-pod-" in environment and pod.encode() in environment:
+        if b"CNI_COMMAND=" in environment and f"K8S_POD_UID=uid-pod-{os.getpid()}-".encode() in environment and pod.encode() in environment:
             found.append(int(name))
     return found
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Collection
 
 _MARK = b"CNI_CONTAINERID="
+_ROUNDS = 5
 _PATIENCE = 5.0  # seconds for a killed process to be gone
 
 log = logging.getLogger("cri.network")
@@ -21,6 +22,21 @@ log = logging.getLogger("cri.network")
 def end(pods: Collection[str]) -> None:
     """Kill every process that works on one of these pods, and wait until it is gone. Blocks: for a thread."""
     wanted = {pod.encode() for pod in pods}
+    for _ in range(_ROUNDS):  # one may have forked while we looked at others
+        killed = _kill_all(wanted)
+        if not killed:
+            return
+        deadline = time.monotonic() + _PATIENCE
+        for fd in killed:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                log.error("a plugin process does not end although it was killed")
+            os.close(fd)
+
+
+def _kill_all(wanted: Collection[bytes]) -> list[int]:
+    """Descriptors of the processes that were killed."""
     killed = []
     for name in os.listdir("/proc"):
         if name.isdigit() and _pod(name) in wanted:
@@ -34,13 +50,7 @@ def end(pods: Collection[str]) -> None:
                 killed.append(fd)
             else:
                 os.close(fd)
-    deadline = time.monotonic() + _PATIENCE
-    for fd in killed:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            log.error("a plugin process does not end although it was killed")
-        os.close(fd)
+    return killed
 
 
 def _kill(pidfd: int) -> None:
