@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -30,7 +29,6 @@ __all__ = ["ContainerFacts", "Created", "ExecSession", "PodFacts", "PodHandles",
 
 log = logging.getLogger(__name__)
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
 _PAUSE = 0.2  # s between tries to start a supervisor that does not come up
 
 
@@ -239,15 +237,6 @@ class Supervisor:
                 self._long_way.add(container_id)
         with payloads.sealed(process) as payload:
             return await self._call("exec.start", (payload, *given.values()), **fields, fds=["payload", *given])
-
-    async def _end_unwanted(self, exec_id: str, starting: asyncio.Task[tuple[dict[str, Any], dict[str, int]]]) -> None:
-        """The caller was cancelled while its process was being started: nobody would ever end it."""
-        try:
-            _, fds = await starting
-        except Failure:
-            return
-        _close_all(fds.values())
-        await self.kill_exec(exec_id, signal.SIGKILL, tree=True)
 
     async def kill_exec(self, exec_id: str, number: int, *, tree: bool) -> None:
         """Signal the process, with ``tree`` also its descendants and nothing else of the container. One that has ended is fine."""

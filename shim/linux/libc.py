@@ -60,8 +60,6 @@ _NUMBERS = {
     "move_mount": (429, 429),
     "open_tree": (428, 428),
     "openat2": (437, 437),
-    "personality": (135, 92),
-    "pidfd_getfd": (438, 438),
     "pidfd_open": (434, 434),
     "pidfd_send_signal": (424, 424),
     "pivot_root": (155, 41),
@@ -233,10 +231,6 @@ def seccomp(op: int, flags: int, address: Argument) -> int:
     return syscall(NR["seccomp"], op, flags, address)
 
 
-def personality(persona: int) -> int:
-    return syscall(NR["personality"], persona)
-
-
 def keyctl(op: int, a: Argument = 0, b: Argument = 0, c: Argument = 0, d: Argument = 0) -> int:
     return syscall(NR["keyctl"], op, a, b, c, d)
 
@@ -364,10 +358,6 @@ def pidfd_open(pid: int) -> int:
 
 def pidfd_send_signal(fd: int, signal: int) -> None:
     syscall(NR["pidfd_send_signal"], fd, signal, 0, 0)
-
-
-def pidfd_getfd(fd: int, target: int) -> int:
-    return syscall(NR["pidfd_getfd"], fd, target, 0)
 
 
 class Exit(NamedTuple):

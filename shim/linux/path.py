@@ -135,15 +135,6 @@ def create_file_in_root(root: int, path: str, mode: int = 0o644) -> int:
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
 
 
-def readlink_in_root(root: int, path: str) -> str:
-    """The target of the symlink at ``path``, its parents resolved inside the root. EINVAL if it is none."""
-    fd = open_in_root(root, path, _O_PATH | _O_NOFOLLOW)
-    try:
-        return os.readlink("", dir_fd=fd)
-    finally:
-        os.close(fd)
-
-
 def write_atomic(directory: int, name: str, data: bytes, mode: int = 0o600, *, sync: bool = False) -> None:
     """Replace ``name`` in the directory fd by a file holding ``data``, whole or not at all; ``sync``: also after a power cut."""
     temporary = f".{name}.{os.getpid()}.{next(_serial)}"

@@ -121,13 +121,6 @@ def test_open_beneath_follows_no_link(root: int) -> None:
         p.open_beneath(root, "..")
 
 
-def test_readlink(root: int) -> None:
-    os.symlink("/some/where", "link", dir_fd=root)
-    assert p.readlink_in_root(root, "/link") == "/some/where"
-    with pytest.raises(OSError):
-        p.readlink_in_root(root, "/")
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(st.sampled_from("abc"), st.lists(st.sampled_from(["a", "b", "c", "..", ".", "/"]), min_size=1, max_size=4), max_size=3),
