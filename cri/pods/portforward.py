@@ -54,7 +54,8 @@ class Sockets:
                     await asyncio.get_running_loop().sock_connect(sock, (address, port))
             except OSError as error:  # TimeoutError is one
                 sock.close()
-                tried.append(f"{'IPv4' if family == socket.AF_INET else 'IPv6'}: {os.strerror(error.errno) if error.errno else 'no answer'}")
+                family_name = "IPv4" if family == socket.AF_INET else "IPv6"
+                tried.append(f"{family_name}: {os.strerror(error.errno) if error.errno else 'no answer'}")
             except BaseException:
                 sock.close()
                 raise

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from cri.streaming.session import Stream
+from cri.streaming.session import HEADROOM, Stream
 
 READ: Final = 128 * 1024  # bytes at a time
 _PER_WAKEUP: Final = 4  # reads: other sessions want the loop, too
@@ -23,6 +23,7 @@ class FdSource:
     def __init__(self, fd: int, stream: Stream, done: Callable[[], None] = lambda: None, *, end: bool = True) -> None:
         self._loop = asyncio.get_running_loop()
         self._fd, self._stream, self._done, self._end = fd, stream, done, end
+        self._buffer = bytearray(HEADROOM + READ)
         self._watching = False
         self.open = True
         self.over: asyncio.Future[None] = self._loop.create_future()
@@ -50,23 +51,24 @@ class FdSource:
     def _readable(self) -> None:
         for _ in range(_PER_WAKEUP):
             try:
-                data = os.read(self._fd, READ)
+                count = os.readv(self._fd, (memoryview(self._buffer)[HEADROOM:],))
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno not in _GONE:
                     raise
-                data = b""  # EIO: the terminal's last process is gone
+                count = 0  # EIO: the terminal's last process is gone
                 self.broken = error.errno == errno.ECONNRESET
-            if not data or self._stream.over:
+            if not count or self._stream.over:
                 self.stop()
                 return
             self.active = self._loop.time()
-            self._stream.write(data)
+            if not self._stream.write_behind_headroom(self._buffer, count):
+                self._buffer = bytearray(HEADROOM + READ)
             if self._stream.session.waits(self._stream):
                 self.pause()
                 return
-            if len(data) < READ:
+            if count < READ:
                 return
 
     def stop(self) -> None:

@@ -18,6 +18,7 @@ from cri.streaming.spdy_frames import ProtocolError, Status
 UNREAD: Final = 1 << 20  # bytes of one connection that sinks have not taken yet
 HIGH_WATER: Final = 256 * 1024  # bytes in the transport's buffer above which sources pause
 FLOOD: Final = 4 << 20  # bytes in it that only answers to a peer that does not read them can reach
+HEADROOM: Final = 16  # bytes before what a source has read, for the header of a frame
 LINGER: Final = 2.0  # s for the peer to close, so that what we sent last is not lost to a reset
 
 
@@ -80,6 +81,12 @@ class Stream:
     def write(self, data: bytes) -> None:
         if not self.over and not self.finished:
             self.session.send(self, data)
+
+    def write_behind_headroom(self, buffer: bytearray, length: int) -> bool:
+        """Send ``length`` bytes that lie behind ``HEADROOM`` unused ones. True: the buffer may be used again at once."""
+        if self.over or self.finished:
+            return True
+        return self.session.send_in_place(self, buffer, length)
 
     def end(self) -> None:
         """Send no more."""
@@ -231,6 +238,11 @@ class Session:
     def send(self, stream: Stream, data: bytes) -> None:
         raise NotImplementedError
 
+    def send_in_place(self, stream: Stream, buffer: bytearray, length: int) -> bool:
+        """See ``Stream.write_behind_headroom``. With a copy, where the protocol has no better way."""
+        self.send(stream, bytes(memoryview(buffer)[HEADROOM : HEADROOM + length]))
+        return True
+
     def send_end(self, stream: Stream) -> None:
         raise NotImplementedError
 
@@ -312,6 +324,17 @@ class SpdySession(Session):
     def send(self, stream: Stream, data: bytes) -> None:
         self._spdy.send(stream.number, data)
         self._flush()
+
+    def send_in_place(self, stream: Stream, buffer: bytearray, length: int) -> bool:
+        head = self._spdy.head(stream.number, length) if self._tunnel is None and not self.lost.done() else None
+        if head is None:
+            return super().send_in_place(stream, buffer, length)
+        start = HEADROOM - len(head)
+        buffer[start:HEADROOM] = head
+        self.active = self._loop.time()
+        self._transport.write(memoryview(buffer)[start : HEADROOM + length])
+        # What the kernel did not take is kept, since Python 3.12 without a copy: the buffer is the transport's then.
+        return self._transport.get_write_buffer_size() == 0
 
     def send_end(self, stream: Stream) -> None:
         self._spdy.send(stream.number, b"", fin=True)

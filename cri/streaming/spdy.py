@@ -204,6 +204,19 @@ class Connection:
             data = data[frames.MAX_DATA :]
         self._out += (frames.data_header(stream.id, len(data), fin=fin), data)
 
+    def head(self, stream_id: int, length: int) -> bytes | None:
+        """The header of a data frame whose ``length`` bytes the caller sends right behind it, without a copy through here.
+
+        None where that is not possible: something else is to be sent first, or windows want to have a say.
+        """
+        stream = self._streams.get(stream_id)
+        if stream is None or self._out or self._windows or stream.held_fin or length > frames.MAX_DATA:
+            return None
+        self._step(stream, Step.SEND_DATA)
+        stream.window -= length
+        self._session_window -= length
+        return frames.data_header(stream_id, length)
+
     def held(self, stream_id: int) -> int:
         """Bytes that wait for a window: send no more before ``Writable``."""
         stream = self._streams.get(stream_id)

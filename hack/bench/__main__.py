@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from hack.bench import endpoints, measure, report
+from hack.bench import endpoints, measure, report, streaming
 from hack.bench.measure import Bench, Row, Sizes
 from hack.node import REPOSITORY, Node, end_cgroup
 
@@ -36,7 +36,7 @@ def measurements(bench: Bench, programs: Path) -> dict[str, Callable[[], list[Ro
         name: partial(getattr(measure, name), bench)
         for name in ("life_cycle", "life_cycle_cpu", "exec_sync", "burst", "idle", "crowd", "logs", "pull")
     }
-    return {**found, "baseline": partial(measure.baseline, bench, programs)}
+    return {**found, "streaming": partial(streaming.streaming, bench), "baseline": partial(measure.baseline, bench, programs)}
 
 
 def run(bench: Bench, programs: Path, only: Sequence[str]) -> list[Row]:
@@ -91,7 +91,7 @@ def main() -> int:
             compared.append(endpoints.containerd(node, scratch, registry))
             stack.callback(compared[1].close)
         compared += [endpoints.external(text) for text in arguments.endpoint]
-        bench = Bench(compared, registry, sizes, scratch, arguments.crowd_all)
+        bench = Bench(compared, registry, sizes, scratch, arguments.crowd_all, node.netns)
         for endpoint in compared:
             endpoint.pull(bench.image)
         rows = run(bench, scratch / "programs", only)

@@ -61,6 +61,7 @@ class Bench:
     sizes: Sizes
     scratch: Path
     crowd_all: bool = False
+    netns: str = ""  # the node's
 
     @property
     def image(self) -> str:

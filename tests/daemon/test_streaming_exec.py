@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import grpc
 import pytest
 
+from hack.streaming_client import ChannelClient, Client, Refused, SpdyClient, dial, inside
 from protos.runtime.v1 import api_pb2 as v1
 from tests.daemon.harness import Daemon, Node, wait_for
-from tests.daemon.streaming_client import ChannelClient, Client, Refused, SpdyClient, dial, inside
 
 V4 = "v4.channel.k8s.io"
 Pod = tuple[str, v1.PodSandboxConfig]

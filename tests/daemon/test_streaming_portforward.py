@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
+from hack.streaming_client import Listener, SpdyClient, TunnelClient, echo, inside
 from protos.runtime.v1 import api_pb2 as v1
 from tests.daemon.harness import Daemon, Node, wait_for
-from tests.daemon.streaming_client import Listener, SpdyClient, TunnelClient, echo, inside
 
 Pod = tuple[str, v1.PodSandboxConfig]
 KINDS = pytest.mark.parametrize("kind", [SpdyClient, TunnelClient])

@@ -13,9 +13,9 @@ import grpc
 import pytest
 
 from cri.streaming.server import MAX_SESSIONS
+from hack.streaming_client import Refused, SpdyClient, dial
 from protos.runtime.v1 import api_pb2 as v1
 from tests.daemon.harness import Daemon, Node, running, wait_for
-from tests.daemon.streaming_client import Refused, SpdyClient, dial
 from tests.registry import DockerRegistry
 
 V4 = "v4.channel.k8s.io"

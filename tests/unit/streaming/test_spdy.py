@@ -170,6 +170,18 @@ def test_more_than_a_frame_can_say_is_sent_in_several() -> None:
     assert len(joined(events)) == frames.MAX_DATA + 5 and events[-1] == Ended(stream)
 
 
+def test_a_header_whose_data_the_caller_sends() -> None:
+    pair = Pair()
+    stream = pair.open()
+    head = pair.server.head(stream, 5)
+    assert head is not None and pair.client.receive(head + b"hello") == [Received(stream, b"hello")]
+    pair.server.ping()
+    assert pair.server.head(stream, 5) is None  # the ping goes first
+    pair.server.take()
+    pair.server.receive(frames.window_update(stream, 10))
+    assert pair.server.head(stream, 5) is None  # a peer with windows
+
+
 def test_windows_count_once_a_peer_shows_that_it_uses_them() -> None:
     pair = Pair()
     stream = pair.open()

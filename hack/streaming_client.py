@@ -1,4 +1,4 @@
-"""Clients of the streaming server for tests: blocking sockets around the machines' client ends, inside the node's network namespace."""
+"""Clients of the streaming server for tests and benchmark: blocking sockets around the machines' client ends, in a network namespace."""
 
 from __future__ import annotations
 
