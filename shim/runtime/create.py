@@ -99,6 +99,8 @@ class Stage1:
             self.hooks_outside = Outside(Order(spec, self.job.id, self.job.bundle_path, kept_.root, context.host_mntns, shared))
         namespaces.join(spec, self.job.pod, self.job.target)
         namespaces.new_mount_namespace(self.job.pod.mount, user)
+        if user is not None:
+            launch.ids_changed()
 
         def build() -> tuple[Final, int | None]:
             return self._build(operations, prepared, stdio, kept_, own_pid=pid_mode is namespaces.PidMode.NEW)

@@ -68,6 +68,7 @@ class Exec:
             else:
                 libc.setns(self.init, _NAMESPACES | libc.CLONE_NEWUSER)  # all of them or none, by our rights outside
                 userns.become_root()
+                launch.ids_changed()
         except OSError as error:
             raise Failure.wrap("exec", "join namespaces", error) from None
         rootfd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from shim.errors import Failure
-from shim.linux import caps, libc, mount
+from shim.linux import caps, libc, mount, process
 from shim.oci.spec import Spec
 from shim.runtime import hooks
 
@@ -86,5 +86,6 @@ def _become(root: tuple[int, int]) -> None:
     os.setgroups([])
     os.setresgid(root[1], root[1], root[1])
     os.setresuid(root[0], root[0], root[0])
+    process.set_dumpable(False)
     caps.set_caps(everything, everything, everything)
     caps.set_ambient(everything)

@@ -69,6 +69,12 @@ def die_with_supervisor() -> None:
         os._exit(1)
 
 
+def ids_changed() -> None:
+    """A change of ids undoes both (prctl(2)): memory that others may read, and the end that comes with the supervisor's."""
+    process.set_dumpable(False)
+    die_with_supervisor()
+
+
 def run_child(job: Job, channel: Channel, title: str) -> NoReturn:
     """The child's whole life. Every way out is ``_exit``: no handler, buffer or traceback of the parent's runs in here."""
     code = 1

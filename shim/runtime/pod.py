@@ -85,6 +85,7 @@ class Pod:
         else:
             fds |= userns.new(proc, mappings, sandbox.namespaces)
             procfs = mount.new_proc()
+        launch.ids_changed()
         userns.show(procfs)
         for kind, flag in _NEW.items():
             if kind in sandbox.namespaces:
