@@ -44,7 +44,7 @@ def streaming(bench: Bench) -> list[Row]:
         *samples.rows("exec session: URL, upgrade, streams, `true`, status"),
         row("exec stdout", "MB/s", "exec stdout"),
         row("port-forward, one connection", "MB/s", "port-forward"),
-        row("port-forward, connections one after the other", "/s", "connections"),
+        row("port-forward, connections one after the other, until the first byte", "/s", "connections"),
     ]
 
 
@@ -122,8 +122,8 @@ def forward_rate(bench: Bench, endpoint: Endpoint, pod: str, size: int) -> float
 
 
 def connection_rate(bench: Bench, endpoint: Endpoint, pod: str, number: int) -> float:
-    """Connections of one session: the client ends first, the server greets and ends. (Where the server ends first, containerd waits a
-    second for the client.)"""
+    """Connections of one session, each until the server's greeting has come; then the client resets it. (Their orderly ends would be no
+    comparison: containerd 1.6 does not pass a client's end on, and waits a second before it passes on the server's.)"""
 
     def serve(sock: socket.socket) -> None:
         with sock:
@@ -136,8 +136,8 @@ def connection_rate(bench: Bench, endpoint: Endpoint, pod: str, number: int) -> 
             began = time.perf_counter()
             for n in range(number):
                 data, _ = connect(client, n, listener.port)
-                client.end(data)
-                client.until(lambda data=data: data in client.ended or data in client.resets)
+                client.until(lambda data=data: client.data[data])
+                client.reset(data)
             return number / (time.perf_counter() - began)
         finally:
             client.sock.close()
