@@ -148,9 +148,9 @@ class Stdio:
             self._close_stream(stream)
             return 0
         data = bytes(self._buffer[:count])
+        self._write(stream.sink, stream.framer.feed(data, stamp))
         if stream.clients:
             self._tee(stream, data)
-        self._write(stream.sink, stream.framer.feed(data, stamp))
         return count
 
     def _write(self, sink: Sink, records: bytes) -> None:
