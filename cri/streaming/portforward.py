@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from cri.streaming.channel_session import ChannelSession
 from cri.streaming.pump import FdSink, FdSource, half_close
 from cri.streaming.remotecommand import STREAM_TYPE
-from cri.streaming.session import ChannelSession, Session, Stream
+from cri.streaming.session import Session, Stream
 
 PROTOCOL: Final = "portforward.k8s.io"
 PAIR_TIMEOUT: Final = 30.0  # s for the second stream of a pair

@@ -17,8 +17,9 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from cri.streaming.channel_session import ChannelSession
 from cri.streaming.http1 import BadRequest
-from cri.streaming.session import ChannelSession, Session, Stream
+from cri.streaming.session import Session, Stream
 
 SPDY_PROTOCOLS: Final = ("v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io")
 CREATION_TIMEOUT: Final = 30.0  # s for the client to open its streams

@@ -16,10 +16,12 @@ from typing import Any, Final, TypeAlias
 from cri.config import Streaming
 from cri.errors import CriError, ResourceExhausted, StartError
 from cri.streaming import portforward, remotecommand, websocket
+from cri.streaming.channel_session import ChannelSession
 from cri.streaming.http1 import BadRequest, Exchange, Request
 from cri.streaming.portforward import Forward, Forwarder
 from cri.streaming.remotecommand import CHANNELS, Command, Expected
-from cri.streaming.session import ChannelSession, Session, SpdySession
+from cri.streaming.session import Session
+from cri.streaming.spdy_session import SpdySession
 from cri.streaming.tokens import Tokens
 
 SPDY: Final = "SPDY/3.1"

@@ -233,6 +233,7 @@ def test_sessions_leave_nothing_behind(daemon: Daemon, node: Node, container: st
     for number in range(60):
         round_(number)
     wait_for("descriptors to return", lambda: all(now <= then + 2 for now, then in zip(descriptors(), before, strict=True)), 15)
+    assert "streaming session failed" not in daemon.tail(5000)
 
 
 def test_exec_while_the_container_stops(daemon: Daemon, node: Node, pod: Pod, busybox: str) -> None:
