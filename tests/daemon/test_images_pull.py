@@ -388,8 +388,8 @@ async def test_credentials_stay_with_their_registry(store: Images, certs: Path) 
             if handler.headers.get("Authorization") != expected:
                 handler.reply(401, WWW_Authenticate='Basic realm="x"')
             elif "/blobs/" in path:
-                handler.reply(307, Location=f"http://{storage.host}{path}?signature=s3")
                 storage.blobs[f"{path.rpartition('/')[2]}?signature=s3"] = image.blobs[path.rpartition("/")[2]]
+                handler.reply(307, Location=f"http://{storage.host}{path}?signature=s3")
             else:
                 return False
             return True
