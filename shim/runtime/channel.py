@@ -42,6 +42,14 @@ class Channel:
         except (BrokenPipeError, ConnectionResetError):
             return
 
+    def receive_order(self) -> tuple[dict[str, Any], list[int]] | None:
+        """The next object with the fds beside it, close-on-exec; None at end of file."""
+        data, ancillary, _, _ = self._socket.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * MAX_FDS), socket.MSG_CMSG_CLOEXEC)
+        fds = array.array("i")
+        for _, _, item in ancillary:
+            fds.frombytes(item)
+        return (json.loads(data), fds.tolist()) if data else None
+
     def receive(self) -> dict[str, Any] | None:
         """The next object, or None at end of file."""
         data = self._socket.recv(MAX_MESSAGE)

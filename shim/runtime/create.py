@@ -50,6 +50,13 @@ class Container:
         fds = {self.bundle, *self.context.fds(), *self.pod.named().values()}
         return fds if self.target is None else fds | {self.target}
 
+    def order(self) -> tuple[dict[str, object], tuple[int, ...]]:
+        """For a helper, whose last order this is."""
+        pod = self.pod.named()
+        fds = (self.bundle, *pod.values()) if self.target is None else (self.bundle, *pod.values(), self.target)
+        names = {"id": self.id, "path": self.bundle_path, "pod": list(pod), "slot": self.slot, "stdin_once": self.stdin_once}
+        return {"job": "container", **names}, fds
+
     def __call__(self, channel: Channel) -> None:
         launch.die_with_supervisor()
         proc = None if self.target is None else namespaces.proc_from(self.target, self.context.host_mntns, self.context.proc)

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from shim import wire
 from shim.cgroups import manager as cgroups
@@ -40,6 +41,12 @@ class RemoveCgroup:
         if self.pins is not None and self.pinned:
             pins.unpin(self.pins, (self.pinned,))
         channel.send({"ok": {}})
+
+    def order(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        return {"job": "remove cgroup", "group": self.group.to_json(), "pinned": self.pinned if self.pins is not None else ""}, ()
+
+    def again(self, facts: dict[str, Any]) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +162,12 @@ class Unpin:
     def __call__(self, channel: Channel) -> None:
         pod.unpin(self.path)
         channel.send({"ok": {}})
+
+    def order(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        return {"job": "unpin", "path": self.path}, ()
+
+    def again(self, facts: dict[str, Any]) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True)

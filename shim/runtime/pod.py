@@ -48,7 +48,16 @@ class Pod:
 
     def __call__(self, channel: Channel) -> None:
         launch.die_with_supervisor()
-        sandbox = bundles.load_sandbox(self.directory)
+        self.make(bundles.load_sandbox(self.directory), channel)
+
+    def order(self) -> tuple[dict[str, object], tuple[int, ...]]:
+        return {"job": "pod", "slot": self.slot}, (self.directory,)
+
+    def again(self, facts: dict[str, object]) -> bool:
+        return not facts["pid"] and "user" not in facts["fds"]  # type: ignore[operator]
+
+    def make(self, sandbox: Sandbox, channel: Channel) -> None:
+        """Make them and answer."""
         validate.validate_sandbox(sandbox)
         process.reset_inherited(self.context.inherited)
         facts: dict[str, object] = {"pid": 0}

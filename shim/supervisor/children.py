@@ -7,7 +7,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from shim import wire
 from shim.errors import Failure
@@ -17,7 +17,9 @@ from shim.runtime.slots import PidSlots
 from shim.supervisor.loop import CHILDREN, EXIT, Future, Loop
 
 if TYPE_CHECKING:
+    from shim.runtime.helper import Ordered
     from shim.supervisor.agents import Launch
+    from shim.supervisor.helpers import Helpers
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +92,11 @@ class Process:
 class Job:
     """A child that runs one job of ``shim.runtime``: its messages in order, then None at end of file."""
 
-    __slots__ = ("_connection", "_inbox", "_loop", "_over", "_waiter", "process", "title")
+    __slots__ = ("_connection", "_inbox", "_loop", "_over", "_waiter", "helps", "process", "title")
 
     def __init__(self, children: Children, child: launch.Child, title: str) -> None:
         self._loop, self.title = children.loop, title
+        self.helps = False  # takes another order after this one
         self.process = Process(children, child.pid, child.pidfd)
         self.process.ended.then(self.process.close)
         self._connection = wire.Connection(child.channel)
@@ -111,6 +114,11 @@ class Job:
             self._loop.remove(self._connection.fileno())
         if self._waiter is not None and (self._inbox or self._over):
             self._waiter.set(None)
+
+    @property
+    def over(self) -> bool:
+        """The child has closed its end."""
+        return self._over
 
     def send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         """To a child that has died, nothing is sent: its end of file tells."""
@@ -175,9 +183,16 @@ class Children:
         self._launching: set[int] = set()  # slots in use
         self.launches: set[Launch] = set()  # agents on their way
         self._birthplace = birthplace
+        self.helpers: Helpers | None = None  # set once there is a context to fork them with
 
     def run(self, job: launch.Job, title: str, cgroup: int | None = None) -> Job:
-        """Fork ``job``. Raises Failure."""
+        """A child with ``job``: a helper that waits for orders, or a fork. Raises Failure."""
+        if self.helpers is not None and hasattr(job, "order") and (helper := self.helpers.take(cast("Ordered", job), title)) is not None:
+            return helper
+        return self.fork(job, title, cgroup)
+
+    def fork(self, job: launch.Job, title: str, cgroup: int | None = None) -> Job:
+        """Raises Failure."""
         try:
             child = launch.spawn(job, title=f"cri-shim: {title}", cgroup=cgroup)
         except OSError as error:
@@ -188,9 +203,15 @@ class Children:
         """Run ``job`` to its answer."""
         running = self.run(job, title)
         try:
-            return await running.answer()
-        finally:
+            answer = await running.answer()
+        except BaseException:
             running.close()
+            raise
+        if self.helpers is not None and running.helps and job.again(answer[0]):  # type: ignore[attr-defined]
+            self.helpers.give_back(running)
+        else:
+            running.close()
+        return answer
 
     def take_slot(self) -> int:
         slot = self.slots.take()

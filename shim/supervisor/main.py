@@ -33,6 +33,7 @@ from shim.runtime.slots import PidSlots
 from shim.supervisor import adopt, place
 from shim.supervisor.agents import Agents
 from shim.supervisor.children import Children, watch_signals
+from shim.supervisor.helpers import Helpers
 from shim.supervisor.logs import Logs
 from shim.supervisor.loop import Loop
 from shim.supervisor.server import Server
@@ -140,6 +141,7 @@ def prepare(settings: Settings, first: socket.socket) -> Core:
     gc.collect()
     gc.freeze()  # forked children then share these pages for good
     logs.start()
+    children.helpers = Helpers(children, context)
     adopt.adopt(core, logs)
     loop.start(adopt.watch_groups(core))
     loop.start(adopt.sweep_pins(core))
