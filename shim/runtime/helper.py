@@ -6,6 +6,7 @@ to create a container is its last: it becomes that container's stage1. What it w
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class Helper:
     def __call__(self, channel: Channel) -> None:
         launch.die_with_supervisor()
         warm(self.context)
+        gc.freeze()  # a collection then looks at what came after, and copies no page of all that was there
         home = {os.open(f"self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc): flag for name, flag in _HOME}
         ours = {*launch.STDIO, channel.fileno(), *self.context.fds(), *home}
         while (received := channel.receive_order()) is not None:
@@ -87,6 +89,7 @@ class Helper:
         process.set_title(f"cri-shim: {order['title']}")
         kind, context = order["job"], self.context
         if kind == "container":
+            gc.disable()
             names, target = order["pod"], fds[len(order["pod"]) + 1 :]
             handles = PodHandles.from_fds(dict(zip(names, fds[1:], strict=False)))
             create.Container(
