@@ -27,7 +27,9 @@ class Helpers:
         """A helper that has got the order, if one is there."""
         while self._idle:
             helper = self._idle.popleft()
-            if helper.over:
+            helper.process.check()  # whether it has died is known before the loop comes round to telling
+            if helper.over or helper.process.ended.done:
+                helper.close()
                 continue
             helper.title = title
             order, fds = job.order()
