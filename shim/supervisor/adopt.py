@@ -246,5 +246,5 @@ async def take_console(core: Core, logs: Logs, request: Request) -> dict[str, An
     container = core.table.container(request.id)
     if "console" not in container.ends and container.exit is None:
         container.ends["console"] = request.take(0)
-        await logs.add(container)
+        await logs.add_again(container)
     return {}
