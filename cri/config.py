@@ -129,6 +129,8 @@ class Streaming(Section, frozen=True):
     #: 0: any free one.
     port: int = 0
     idle_timeout: Seconds = Seconds(4 * 3600)
+    #: A session ends after so long even if it is busy; 0: never.
+    session_timeout: Seconds = Seconds(0)
     tls_cert: str = ""
     tls_key: str = ""
     client_ca: str = ""
@@ -146,6 +148,8 @@ class Handler(Section, frozen=True):
     privileged_without_host_devices: bool = False
     #: ... but may make and use any.
     privileged_without_host_devices_all_devices_allowed: bool = False
+    #: "first": exec sessions of a container with a cpuset run on its first processor only, out of the way of the others.
+    exec_cpu_affinity: str = ""
     #: For containers whose request names none: "" (unconfined), "runtime/default" or "localhost//path/of/profile.json".
     unset_seccomp_profile: str = ""
     #: Pods with a network of their own: everybody may listen on ports below 1024, and ping.
@@ -161,6 +165,8 @@ class Handler(Section, frozen=True):
         for name, (soft, hard) in self.rlimits.items():
             if not _RLIMIT.fullmatch(name) or not 0 <= soft <= hard < 2**63:
                 raise ValueError(f"rlimits: want RLIMIT_NAME = [soft, hard] with soft <= hard, got {name} = [{soft}, {hard}]")
+        if self.exec_cpu_affinity not in ("", "first"):
+            raise ValueError(f'exec_cpu_affinity: want "" or "first", got {self.exec_cpu_affinity!r}')
         if self.unset_seccomp_profile not in ("", "unconfined", "runtime/default"):
             if not self.unset_seccomp_profile.startswith("localhost/"):
                 raise ValueError(f"unset_seccomp_profile: {self.unset_seccomp_profile!r} is not a profile")

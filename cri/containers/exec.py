@@ -18,6 +18,7 @@ from typing import Final
 
 from cri.containers.model import Container, Containers
 from cri.errors import DeadlineExceeded, InvalidArgument
+from cri.spec import resources
 from cri.supervisor import ExecSession, Supervisor
 from protos.runtime.v1 import api_pb2 as v1
 from shim.oci import bundle
@@ -80,7 +81,12 @@ def exec_process(container: Container, command: Sequence[str], containers: Conta
         # As resolved at creation: the container may have rewritten its /etc/passwd since.
         found = container.facts.user
         user = User(uid=found.uid, gid=found.gid, umask=user.umask, additional_gids=tuple(found.groups))
-    return dataclasses.replace(container.process, args=tuple(command), terminal=False, console_size=None, user=user)
+    affinity = container.process.exec_cpu_affinity
+    if affinity is not None:  # the cpuset may have been changed since
+        affinity = resources.exec_affinity(container.config.linux.resources, "first")
+    return dataclasses.replace(
+        container.process, args=tuple(command), terminal=False, console_size=None, user=user, exec_cpu_affinity=affinity
+    )
 
 
 def fit(stdout: bytes, stderr: bytes) -> tuple[bytes, bytes]:

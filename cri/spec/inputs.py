@@ -55,6 +55,7 @@ class HandlerConfig:
 
     privileged_without_host_devices: bool = False
     privileged_without_host_devices_all_devices_allowed: bool = False
+    exec_cpu_affinity: str = ""  # "first": exec sessions run on the first processor of a container that has a cpuset (as in CRI-O)
     unset_seccomp_profile: str = ""  # for a request that names none: "" (unconfined), "runtime/default", "localhost/<path>"
     unprivileged_ports: bool = True  # pods with a network of their own: ports below 1024 for everyone
     unprivileged_icmp: bool = True  # and ping sockets

@@ -8,6 +8,7 @@ from cri.errors import InvalidArgument
 from cri.spec import strings
 from cri.spec.inputs import HostFacts
 from protos.runtime.v1 import api_pb2 as v1
+from shim.linux import cpus
 from shim.oci import spec as oci
 
 _CPU_LIST = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?(,[0-9]{1,5}(-[0-9]{1,5})?)*")
@@ -97,3 +98,14 @@ def oom_score_adj(wanted: v1.LinuxContainerResources, field: str = "config.linux
     if not -1000 <= wanted.oom_score_adj <= 1000:
         raise InvalidArgument(f"{wanted.oom_score_adj} is outside -1000..1000", field=f"{field}.oom_score_adj")
     return wanted.oom_score_adj
+
+
+def exec_affinity(wanted: v1.LinuxContainerResources, policy: str) -> oci.ExecCPUAffinity | None:
+    """Where exec sessions run: with the policy "first" on the first processor of the container's cpuset, if it has one."""
+    if policy != "first" or not wanted.cpuset_cpus:
+        return None
+    try:
+        first = str(cpus.parse(wanted.cpuset_cpus)[0])
+    except ValueError as error:
+        raise InvalidArgument(str(error), field="config.linux.resources.cpuset_cpus") from None
+    return oci.ExecCPUAffinity(initial="", final=first)

@@ -51,6 +51,7 @@ class Server:
         self._server: asyncio.Server | None = None
         self._base = ""
         self.idle_timeout = float(config.idle_timeout)
+        self.session_timeout = float(config.session_timeout)
 
     async def start(self) -> None:
         """Listen. Raises StartError."""
@@ -149,6 +150,7 @@ class Connection(asyncio.Protocol):
         self._session: Session | None = None
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._limit: asyncio.TimerHandle | None = None
 
     # ---- asyncio's side
 
@@ -187,8 +189,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.left(self)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._limit):
+            if timer is not None:
+                timer.cancel()
         if self._session is not None:
             self._session.connection_lost()
 
@@ -203,6 +206,12 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+    def _expire(self) -> None:
+        """Abort a session that has had all the time there is."""
+        if self._session is not None:
+            log.info("streaming session ended after %g s", self._server.session_timeout)
+            self._session.abort()
 
     def _watch_idle(self) -> None:
         """Abort a session on which nothing has moved for too long."""
@@ -228,6 +237,8 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
         if self._server.idle_timeout:
             self._watch_idle()
+        if self._server.session_timeout:
+            self._limit = self._loop.call_later(self._server.session_timeout, self._expire)
 
     def _spdy(self, exchange: Exchange, request: Request, transport: asyncio.Transport, subject: Subject) -> Session:
         offered = request.all("x-stream-protocol-version")

@@ -23,7 +23,7 @@ from enum import IntEnum
 
 from shim.cgroups import Group
 from shim.errors import Failure
-from shim.linux import caps, libc
+from shim.linux import caps, cpus, libc
 from shim.linux.process import Inherited
 from shim.oci.command import BLOCK, BLOCK_SIZE
 from shim.oci.spec import Process
@@ -71,6 +71,7 @@ _NR = {
     "setgroups": (116, 159),
     "setresuid": (117, 147),
     "setresgid": (119, 149),
+    "sched_setaffinity": (203, 122),
     "openat": (257, 56),
 }
 _NR_HERE = {name: numbers[0 if libc.MACHINE == "x86_64" else 1] for name, numbers in _NR.items()} | libc.NR
@@ -107,6 +108,7 @@ class At(IntEnum):
     SESSION = 10
     SECCOMP = 11
     EXEC = 12
+    AFFINITY = 13
 
 
 _NAMES = {
@@ -123,6 +125,7 @@ _NAMES = {
     At.SESSION: ("start", "setsid"),
     At.SECCOMP: ("start", "seccomp"),
     At.EXEC: ("start", "exec"),
+    At.AFFINITY: ("exec", "processor affinity"),
 }
 
 
@@ -202,9 +205,14 @@ def plan(
     if group.version == 2:
         _be_born_in(w, group)
     _prepare(w, kept)
+    if process.exec_cpu_affinity is not None and process.exec_cpu_affinity.initial:
+        _set_affinity(w, process.exec_cpu_affinity.initial)
     if group.version == 1:
         for directory in group.directories:
             _write_file(w, At.CGROUP, f"{directory}/tasks", b"0")
+    affinity = process.exec_cpu_affinity
+    if affinity is not None and affinity.final:
+        _set_affinity(w, affinity.final)
     _write_file(w, At.OOM_SCORE, "/proc/self/oom_score_adj", b"%d" % (process.oom_score_adj or 0), allowed=_EACCES)
     for number, soft, hard in _limits(process, inherited, current):
         w.call(At.LIMITS, "prlimit64", 0, number, w.data(struct.pack("<QQ", soft, hard)), 0)
@@ -243,6 +251,14 @@ def _write_file(w: _Writer, at: At, path: str, content: bytes, *, allowed: int =
     w.call(at, "openat", _AT_FDCWD, w.text(path), os.O_WRONLY | os.O_CLOEXEC)
     w.call(at, "write", FREE_FD, w.data(content), len(content), kind=Kind.ALLOWED if allowed else Kind.PLAIN, allowed=allowed)
     w.call(at, "close", FREE_FD)
+
+
+def _set_affinity(w: _Writer, processors: str) -> None:
+    try:
+        mask = cpus.mask(processors)
+    except ValueError as error:
+        raise Failure("exec", message=str(error), path="process.execCPUAffinity") from None
+    w.call(At.AFFINITY, "sched_setaffinity", 0, len(mask), w.data(mask))
 
 
 def _limits(process: Process, inherited: Inherited, current: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:

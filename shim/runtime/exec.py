@@ -16,7 +16,7 @@ from shim.cgroups.group import Group
 from shim.errors import Failure
 from shim.linux import libc
 from shim.oci import codec
-from shim.oci.spec import Process
+from shim.oci.spec import ExecCPUAffinity, Process
 from shim.runtime import inside, kept, launch, userns
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
@@ -56,8 +56,11 @@ class Exec:
         start_clean(self.context, process.oom_score_adj)
         stdio = None if process.terminal else self._stdio()
         container = kept.load(self.bundle)
+        affinity = process.exec_cpu_affinity or ExecCPUAffinity()
+        inside.set_affinity(affinity.initial)
         if not self.in_cgroup:
             cgroups.join(self.group)
+        inside.set_affinity(affinity.final)
         if container.root is not None:
             inside.raise_hard_limits(process)
             if stdio is not None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from shim.errors import Failure
-from shim.linux import libc, mount, path, process
+from shim.linux import cpus, libc, mount, path, process
 from shim.oci.command import candidates
 from shim.oci.spec import Box, Process, User
 from shim.runtime import users
@@ -143,6 +143,16 @@ def give_stdio(fds: tuple[int, ...], root: tuple[int, int]) -> None:
     for fd in fds:
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             os.fchown(fd, *root)
+
+
+def set_affinity(processors: str) -> None:
+    """Bind this process to a list of processors; an empty one leaves it as it is (config.md#process, execCPUAffinity)."""
+    if not processors:
+        return
+    try:
+        os.sched_setaffinity(0, cpus.parse(processors))
+    except (OSError, ValueError) as error:
+        raise Failure("exec", "processor affinity", path=processors, message=str(error)) from None
 
 
 def place_stdio(fds: tuple[int, int, int]) -> None:

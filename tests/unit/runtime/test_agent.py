@@ -16,7 +16,7 @@ from shim.errors import Failure
 from shim.linux import caps, libc
 from shim.linux.process import Inherited
 from shim.oci import command
-from shim.oci.spec import Capabilities, Process, Rlimit, User
+from shim.oci.spec import Capabilities, ExecCPUAffinity, Process, Rlimit, User
 from shim.runtime import agent
 from shim.runtime.kept import Kept
 
@@ -103,6 +103,17 @@ def test_version_2_is_born_in_its_group() -> None:
     names = [name for name, _, _ in steps(agent.plan(process(), Group(2, "/g", {"": "/sys/fs/cgroup/g"}), KEPT, INHERITED, LIMITS, ()))]
     assert names.index("clone3") < names.index("prctl"), "the death signal is not inherited by forks"
     assert names.count("openat") == 3  # group, oom_score_adj, root
+
+
+def test_affinity_follows_the_cgroup() -> None:
+    """execCPUAffinity: the first before the group is joined, the second when its cpuset allows it."""
+    program = agent.plan(process(exec_cpu_affinity=ExecCPUAffinity("0-1", "3")), GROUP, KEPT, INHERITED, LIMITS, ())
+    found = steps(program)
+    at = [i for i, (name, _, _) in enumerate(found) if name == "sched_setaffinity"]
+    joins = [i for i, (name, _, _) in enumerate(found) if name == "write"][: len(GROUP.directories)]
+    assert at[0] < joins[0] < joins[-1] < at[1]
+    masks = [int.from_bytes(program[found[i][1][2] - agent.PROGRAM :][: found[i][1][1]], "little") for i in at]
+    assert masks == [0b11, 0b1000]
 
 
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=30)
