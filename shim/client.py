@@ -7,12 +7,15 @@ died, from a worker thread. It forks only to exec (vfork through subprocess), wh
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import logging
 import os
 import select
 import signal
 import socket
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,8 @@ from typing import Any
 from shim import wire
 from shim.errors import Failure
 from shim.linux import libc, mount, process
+
+log = logging.getLogger(__name__)
 
 SOCKET = "supervisor.sock"
 LOG = "supervisor.log"
@@ -53,7 +58,48 @@ def ensure(state: Path, python: Path, *, runtime_cgroup: str = "") -> Link:
     containers whose supervisor dies. Raises Failure."""
     process.set_subreaper()
     link = _connect(state)
-    return link if link is not None else _spawn(state, python, runtime_cgroup)
+    if link is None:
+        return _spawn(state, python, runtime_cgroup)
+    if link.hello.get("build") == build():
+        return link
+    return _upgraded(link, state, python, runtime_cgroup)
+
+
+def build() -> str:
+    """What version of the runtime core this is: a digest of its sources and the interpreter's version."""
+    digest = hashlib.sha256(sys.version.encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _upgraded(link: Link, state: Path, python: Path, runtime_cgroup: str) -> Link:
+    """The same supervisor as the version that we belong to, or as it is: one that refuses is of use, too, and says why."""
+    image = read_only_image(python)
+    try:
+        os.set_inheritable(image, True)
+        argv = _arguments(state, python, runtime_cgroup, -1)
+        body = {"v": wire.VERSION, "n": 1, "op": "upgrade", "argv": argv, "env": _environment()}
+        connection = wire.Connection(link.socket)
+        connection.send(body, (image,))
+        try:
+            _receive(link.socket, _BIRTH)
+        except EOFError:
+            pass  # it has become another program, and has let go of us
+        except Failure as failure:
+            log.warning("the supervisor goes on as it is: %s", failure)
+            return link
+    finally:
+        os.close(image)
+    link.socket.close()
+    os.close(link.pidfd)
+    deadline = time.monotonic() + _BIRTH
+    while time.monotonic() < deadline:
+        again = _connect(state)
+        if again is not None:
+            return again
+        time.sleep(0.02)
+    return _spawn(state, python, runtime_cgroup)
 
 
 def shutdown(state: Path, *, force: bool = False) -> bool:
@@ -141,29 +187,26 @@ def _receive(sock: socket.socket, patience: float = _PATIENCE) -> dict[str, Any]
 def _spawn(state: Path, python: Path, runtime_cgroup: str) -> Link:
     """Start one from a read-only clone of the interpreter, in a session of its own, with a clean environment."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    log = os.open(state / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    start = os.fstat(log).st_size
+    log_file = os.open(state / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    start = os.fstat(log_file).st_size
     image = read_only_image(python)
     try:
-        settings = {"state": str(state), "runtime_cgroup": runtime_cgroup, "socket": theirs.fileno(), "files": FILES}
-        package = str(Path(__file__).resolve().parent.parent)
         child = subprocess.Popen(
-            # The real path as argv[0] lets the interpreter find its prefix, in a virtual environment too.
-            [str(python), "-I", "-S", "-X", "utf8", "-c", _ENTRY, json.dumps(settings), package],
+            _arguments(state, python, runtime_cgroup, theirs.fileno()),
             executable=f"/proc/self/fd/{image}",
             pass_fds=(theirs.fileno(), image),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=log,
+            stderr=log_file,
             cwd="/",
-            env={**_ENVIRONMENT, **_failpoints()},
+            env=_environment(),
             start_new_session=True,
         )
     except OSError as error:
         ours.close()
         raise Failure.wrap("start supervisor", "exec", error, str(python)) from error
     finally:
-        for fd in (image, log):
+        for fd in (image, log_file):
             os.close(fd)
         theirs.close()
     child.returncode = 0  # not subprocess's to reap: whoever watches the pidfd does that
@@ -176,6 +219,17 @@ def _spawn(state: Path, python: Path, runtime_cgroup: str) -> Link:
         os.close(pidfd)
         ours.close()
         raise Failure("start supervisor", path=str(state / LOG), message=f"{error}: {_tail(state, start)}") from error
+
+
+def _arguments(state: Path, python: Path, runtime_cgroup: str, sock: int) -> list[str]:
+    """The command of a supervisor. The real path as argv[0] lets the interpreter find its prefix, in a virtual environment too."""
+    settings = {"state": str(state), "runtime_cgroup": runtime_cgroup, "socket": sock, "files": FILES, "build": build()}
+    package = str(Path(__file__).resolve().parent.parent)
+    return [str(python), "-I", "-S", "-X", "utf8", "-c", _ENTRY, json.dumps(settings), package]
+
+
+def _environment() -> dict[str, str]:
+    return {**_ENVIRONMENT, **_failpoints()}
 
 
 def _failpoints() -> dict[str, str]:

@@ -240,6 +240,7 @@ OPERATIONS: dict[str, Operation] = {
     "hello": Operation({"version": int}, repeatable=True),
     "settle": Operation({}, repeatable=True),
     "shutdown": Operation({}, {"force": bool}),
+    "upgrade": Operation({"argv": list, "env": dict}, fds=(1, 1)),
     "pod.create": Operation(_ID, fds=(1, 1)),
     "pod.adopt": Operation({"id": str, "names": list}, {"pid": int}, fds=(0, MAX_FDS), repeatable=True),
     "pod.handles": Operation(_ID, repeatable=True),

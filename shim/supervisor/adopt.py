@@ -42,6 +42,27 @@ def adopt(core: Core, logs: Logs) -> None:
                 core.log(f"cannot adopt {kind}/{name}: {type(error).__name__}: {error}")
 
 
+def check(state: str) -> None:
+    """Read every record as ``adopt`` would, and change nothing. Raises what is wrong with the first that cannot be used."""
+    directory = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for kind, names in (("pods", ("pid", "starttime", "cgroup", "names")), ("containers", _CONTAINER_FACTS)):
+        for name in sorted(os.listdir(f"{state}/{kind}")):
+            inside = os.open(f"{kind}/{name}", _DIRECTORY, dir_fd=directory)
+            try:
+                record = _read(inside)
+                missing = [] if record is None else [key for key in names if key not in record]
+                if missing:
+                    raise Failure("adopt", path=f"{kind}/{name}", message=f"the record has no {', '.join(missing)}")
+                if record is not None and record["cgroup"]:
+                    cgroups.Group.from_json(record["cgroup"])
+                bundles.read_exit(inside)
+            finally:
+                os.close(inside)
+
+
+_CONTAINER_FACTS = tuple("pod pid starttime own_pids tty stdin stdin_once log_path user hooks cgroup started_at".split())
+
+
 async def watch_groups(core: Core) -> None:
     """Open the OOM fds of adopted containers, which takes children: one for several containers."""
     waiting = [c for c in core.table.containers.values() if c.exit is None and c.oom is None and c.group is not None]
@@ -108,17 +129,23 @@ def _names(core: Core, kind: str) -> list[str]:
 
 def _record(core: Core, directory: int) -> dict[str, Any] | None:
     """The adoption record; None where there is none, or one of an earlier boot."""
+    record = _read(directory)
+    return record if record is not None and record["boot_id"] == core.boot_id else None
+
+
+def _read(directory: int) -> dict[str, Any] | None:
+    """The adoption record, whatever boot it is of. Raises ValueError for one that cannot be used."""
     try:
         fd = os.open(RECORD, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=directory)
     except FileNotFoundError:
         return None
     try:
-        record = json.loads(os.read(fd, _LIMIT))
+        record: dict[str, Any] = json.loads(os.read(fd, _LIMIT))
     finally:
         os.close(fd)
     if record["version"] != RECORD_VERSION:
         raise ValueError(f"record version {record['version']}")
-    return record if record["boot_id"] == core.boot_id else None
+    return record
 
 
 def _process(core: Core, record: dict[str, Any]) -> Process | None:

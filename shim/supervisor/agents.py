@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from shim.supervisor.children import Children
 if TYPE_CHECKING:
     from shim.supervisor.table import Container
 
-_RESERVED = 16  # numbers below are for the agent: what is passed to it must lie above, or dup2 would run over it
+_RESERVED = 16  # numbers below are the agent's: what is passed to it must lie above, or one dup2 would run over the next one's source
 _PROGRAMS = 8  # kept per container; there is one, unless sessions differ in their streams
 _RLIMITS = 16
 _TITLE = "cri-shim: exec"
@@ -55,11 +56,6 @@ class Agents:
     """``program`` and ``spawn``. ``usable`` is False where this machine does not let memory files be executed (vm.memfd_noexec)."""
 
     def __init__(self, children: Children, context: Context) -> None:
-        while True:
-            fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-            if fd >= _RESERVED:
-                os.close(fd)
-                break
         self._children, self._context = children, context
         self._image = f"/proc/self/fd/{libc.sealed_memfd('cri-shim-exec', agent.image())}"
         self._limits = [libc.prlimit(0, number) for number in range(_RLIMITS)]
@@ -102,8 +98,9 @@ class Agents:
         result = os.memfd_create("cri-shim-pid", os.MFD_CLOEXEC)
         os.ftruncate(result, 4096)
         stdio = [streams.get(name, self._devnull) for name in ("stdin", "stdout", "stderr")]
+        lifted: list[int] = []
         sources = (*stdio, program.fd, theirs.fileno(), init, result, block)
-        actions = [(os.POSIX_SPAWN_DUP2, source, number) for number, source in enumerate(sources)]
+        actions = [(os.POSIX_SPAWN_DUP2, _lift(source, lifted), number) for number, source in enumerate(sources)]
         launch = Launch(ours, result, 0)
         self._children.launches.add(launch)
         try:
@@ -115,11 +112,21 @@ class Agents:
             raise Failure.wrap("exec", "spawn", error) from None
         finally:
             theirs.close()
+            for fd in lifted:
+                os.close(fd)
         return launch
 
     def forget(self, launch: Launch) -> None:
         self._children.launches.discard(launch)
         launch.close()
+
+
+def _lift(fd: int, lifted: list[int]) -> int:
+    """``fd``, or a copy of it above the agent's numbers, which goes into ``lifted``."""
+    if fd >= _RESERVED:
+        return fd
+    lifted.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _RESERVED))
+    return lifted[-1]
 
 
 def _is_pipe(fd: int) -> bool:

@@ -92,7 +92,7 @@ class Process:
 class Job:
     """A child that runs one job of ``shim.runtime``: its messages in order, then None at end of file."""
 
-    __slots__ = ("_connection", "_inbox", "_loop", "_over", "_waiter", "helps", "process", "title")
+    __slots__ = ("_connection", "_inbox", "_loop", "_over", "_reset", "_waiter", "helps", "process", "title")
 
     def __init__(self, children: Children, child: launch.Child, title: str) -> None:
         self._loop, self.title = children.loop, title
@@ -101,7 +101,7 @@ class Job:
         self.process.ended.then(self.process.close)
         self._connection = wire.Connection(child.channel)
         self._inbox: deque[wire.Message] = deque()
-        self._over = False
+        self._over = self._reset = False
         self._waiter: Future[None] | None = None
         self._loop.add(self._connection.fileno(), self._receive)
 
@@ -109,8 +109,9 @@ class Job:
         try:
             while (message := self._connection.receive()) is not None:
                 self._inbox.append(message)
-        except wire.Closed:
+        except wire.Closed as closed:
             self._over = True
+            self._reset = isinstance(closed.__cause__, ConnectionResetError)
             self._loop.remove(self._connection.fileno())
         if self._waiter is not None and (self._inbox or self._over):
             self._waiter.set(None)
@@ -127,11 +128,20 @@ class Job:
         except wire.Closed:
             return
 
-    async def message(self) -> wire.Message | None:
-        """The next message, whose fds become the caller's; None once the child has closed its end."""
+    async def _wait(self) -> None:
         while not self._inbox and not self._over:
             self._waiter = Future(self._loop)
             await self._waiter
+
+    async def died_unasked(self) -> bool:
+        """Waits for the first message. True for a helper that died with its order unread (the socket is reset then): it did nothing,
+        and another child may be asked."""
+        await self._wait()
+        return self.helps and self._reset and not self._inbox
+
+    async def message(self) -> wire.Message | None:
+        """The next message, whose fds become the caller's; None once the child has closed its end."""
+        await self._wait()
         return self._inbox.popleft() if self._inbox else None
 
     async def answer(self) -> tuple[dict[str, Any], dict[str, int]]:
@@ -182,6 +192,7 @@ class Children:
         self.known: dict[int, Process] = {}
         self._launching: set[int] = set()  # slots in use
         self.launches: set[Launch] = set()  # agents on their way
+        self.adopting = False  # after an upgrade our children are not known yet, and none may be taken for a stray
         self._birthplace = birthplace
         self.helpers: Helpers | None = None  # set once there is a context to fork them with
 
@@ -202,6 +213,9 @@ class Children:
     async def call(self, job: launch.Job, title: str) -> tuple[dict[str, Any], dict[str, int]]:
         """Run ``job`` to its answer."""
         running = self.run(job, title)
+        if await running.died_unasked():
+            running.close()
+            running = self.fork(job, title)
         try:
             answer = await running.answer()
         except BaseException:
@@ -237,8 +251,14 @@ class Children:
         self._launching.discard(slot)
         self.slots.release(slot)
 
+    def watch(self, pid: int) -> Process:
+        """A child that was spawned by other means."""
+        return Process(self, pid, libc.pidfd_open(pid))
+
     def reap_strays(self) -> None:
         """Reap orphans that came to us as subreaper. A zombie that is known, or about to be, is left to its owner."""
+        if self.adopting:
+            return
         while True:
             try:
                 found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)

@@ -52,6 +52,9 @@ async def create(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
             target.pidfd if target else None, stdin_once=container.stdin_once
         )  # fmt: skip
         container.job = core.children.run(job, "create container")
+        if await container.job.died_unasked():
+            container.job.close()
+            container.job = core.children.fork(job, "create container")
         await _created(core, container)
         await (logs.add(container) if logging is None else logging)
         save(core, bundle, container)

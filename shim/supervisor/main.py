@@ -30,7 +30,7 @@ from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 from shim.runtime.launch import Job
 from shim.runtime.slots import PidSlots
-from shim.supervisor import adopt, place
+from shim.supervisor import adopt, place, upgrade
 from shim.supervisor.agents import Agents
 from shim.supervisor.children import Children, watch_signals
 from shim.supervisor.helpers import Helpers
@@ -52,12 +52,16 @@ class Settings:
     runtime_cgroup: str  # "" leaves us where we are
     socket: int  # fd of the first connection
     files: tuple[int, int]  # RLIMIT_NOFILE for containers: the daemon that starts us may have raised its own
+    build: str = ""  # what this version is, for the daemon to compare
+    preflight: bool = False  # read the records and exit
+    handed: int = -1  # memfd of ``upgrade``: fds that an earlier version of this very process left open
 
     @classmethod
     def parse(cls, text: str) -> Settings:
         fields: dict[str, Any] = json.loads(text)
         soft, hard = fields["files"]
-        return cls(str(fields["state"]), str(fields["runtime_cgroup"]), int(fields["socket"]), (int(soft), int(hard)))
+        more = {name: fields[name] for name in ("build", "preflight", "handed") if name in fields}
+        return cls(str(fields["state"]), str(fields["runtime_cgroup"]), int(fields["socket"]), (int(soft), int(hard)), **more)
 
 
 def log(message: str) -> None:
@@ -85,26 +89,33 @@ class Lean:
 def main() -> None:
     """Never returns normally before a shutdown. A start that fails is told on the first connection."""
     settings = Settings.parse(sys.argv[1])
-    first = socket.socket(fileno=settings.socket)
+    if settings.preflight:
+        adopt.check(settings.state)
+        return
+    first = socket.socket(fileno=settings.socket) if settings.socket >= 0 else None
+    if first is not None:
+        first.set_inheritable(False)  # it came to us through execve, and must not outlive an upgrade
     try:
         core = prepare(settings, first)
     except (Failure, OSError) as error:
         failure = error if isinstance(error, Failure) else Failure.wrap("start supervisor", "system call", error)
         log(str(failure))
-        first.send(json.dumps({"event": "fatal", "error": failure.to_json()}).encode())
+        if first is not None:
+            first.send(json.dumps({"event": "fatal", "error": failure.to_json()}).encode())
         sys.exit(1)
     core.loop.run()
     if core.context.pins is not None and not core.table.containers:
         pins.close(core.state_path)
 
 
-def prepare(settings: Settings, first: socket.socket) -> Core:
+def prepare(settings: Settings, first: socket.socket | None) -> Core:
     """Everything up to the first request."""
     libc.prlimit(0, 7, settings.files)
     inherited = process.save_inherited()
     signals = take_signals()
     state = os.open(settings.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    only_one(state)
+    handed = upgrade.Handed.read(settings.handed) if settings.handed >= 0 else None
+    lock = only_one(state) if handed is None else handed.lock
     verify_interpreter()
     process.locate_title()
     process.set_title("cri-shim: supervisor")
@@ -123,6 +134,7 @@ def prepare(settings: Settings, first: socket.socket) -> Core:
     loop = Loop()
     slots = PidSlots()
     children = Children(loop, slots)
+    children.adopting = True
     watch_signals(loop, signals, lambda number: on_signal(number, loop, children))
     context = Context(
         layout=layout,
@@ -135,18 +147,24 @@ def prepare(settings: Settings, first: socket.socket) -> Core:
         slots=slots,
     )
     server, table = Server(loop), Table()
+    listener = server.listen(state) if handed is None else handed.listener
     path, agents = os.path.realpath(settings.state), Agents(children, context)
-    core = Core(loop, children, context, table, state, path, process.boot_id(), agents, server.publish, log)
+    core = Core(loop, children, context, table, state, path, process.boot_id(), settings.build, lock, listener, agents, server.publish, log)
     logs = Logs(children, table, state, server.publish, log)
     gc.collect()
     gc.freeze()  # forked children then share these pages for good
     logs.start()
     children.helpers = Helpers(children, context)
     adopt.adopt(core, logs)
+    if handed is not None:
+        handed.give(core)
+    children.adopting = False
+    children.reap_strays()
     loop.start(adopt.watch_groups(core))
     loop.start(adopt.sweep_pins(core))
     server.open(core, logs)
-    server.join(first)
+    if first is not None:
+        server.join(first)
     return core
 
 
@@ -170,14 +188,14 @@ def on_signal(number: int, loop: Loop, children: Children) -> None:
         loop.stopped = True
 
 
-def only_one(state: int) -> None:
-    """One supervisor per state directory: the lock goes with the process."""
+def only_one(state: int) -> int:
+    """One supervisor per state directory: the lock, an fd, goes with the process."""
     fd = os.open("supervisor.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=state)
     deadline = time.monotonic() + 2
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return fd
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise Failure("start supervisor", path="supervisor.lock", message="another supervisor has this state directory") from None

@@ -10,7 +10,7 @@ from typing import Any
 from shim import wire
 from shim.errors import Failure
 from shim.runtime.probe import UserNamespaces
-from shim.supervisor import adopt, attach, containers, exits, pods, sessions
+from shim.supervisor import adopt, attach, containers, exits, pods, sessions, upgrade
 from shim.supervisor.logs import Logs
 from shim.supervisor.loop import READ, WRITE, Loop
 from shim.supervisor.request import Handler, Request
@@ -67,6 +67,7 @@ async def hello(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     return {
         "pid": os.getpid(),
         "version": wire.VERSION,
+        "build": core.build,
         "stdio": logs.pid,
         "pods": [pod.facts() for pod in core.table.pods.values()],
         "containers": [_container(container) for container in core.table.containers.values() if container.user is not None],
@@ -113,6 +114,7 @@ HANDLERS: dict[str, Handler] = {
     "hello": hello,
     "settle": adopt.settle,
     "shutdown": shutdown,
+    "upgrade": upgrade.upgrade,
     "reaped": reaped,
     "pod.create": pods.create,
     "pod.adopt": pods.adopt,
@@ -152,15 +154,20 @@ class Server:
     def open(self, core: Core, logs: Logs) -> None:
         """Start to answer: the table is complete."""
         self._core, self._logs = core, logs
+        self._listener = socket.socket(fileno=core.listener)
+        self.loop.add(core.listener, self._accept)
+
+    @staticmethod
+    def listen(state: int) -> int:
+        """The fd of a listening socket. Who connects before ``open`` waits."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(SOCKET, dir_fd=core.state)
+            os.unlink(SOCKET, dir_fd=state)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         before = os.umask(0o177)
-        listener.bind(f"/proc/self/fd/{core.state}/{SOCKET}")  # however long the state directory's path is
+        listener.bind(f"/proc/self/fd/{state}/{SOCKET}")  # however long the state directory's path is
         os.umask(before)
         listener.listen(_BACKLOG)
-        self._listener = listener
-        self.loop.add(listener.fileno(), self._accept)
+        return listener.detach()
 
     def _accept(self) -> None:
         try:

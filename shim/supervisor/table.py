@@ -194,6 +194,9 @@ class Core:
     state: int  # fd of the state directory
     state_path: str
     boot_id: str
+    build: str  # what version of the program this is
+    lock: int  # fd, of the state directory
+    listener: int  # fd of the socket that daemons connect to
     agents: Agents
     publish: Callable[[dict[str, Any]], None]  # an event to the daemon
     log: Callable[[str], None]

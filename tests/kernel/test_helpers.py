@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from pathlib import Path
@@ -26,6 +27,21 @@ async def test_a_helper_is_what_it_was_after_making_a_pod() -> None:
         assert sorted(os.listdir(f"/proc/{helper}/fd")) == fds
         for kind in ("mnt", "net", "ipc", "uts", "pid", "user", "cgroup"):
             assert os.readlink(f"/proc/{helper}/ns/{kind}") == os.readlink(f"/proc/{node.supervisor.pid}/ns/{kind}")
+
+
+async def test_an_order_that_was_never_read_is_given_to_another() -> None:
+    """A helper that is stopped gets the order, and is killed before it can read it."""
+    async with rig() as node:
+        await until(lambda: waiting(node))
+        helper = waiting(node)[0]
+        os.kill(helper, signal.SIGSTOP)
+        making = asyncio.create_task(node.pod())
+        await asyncio.sleep(0.3)
+        assert not making.done()
+        os.kill(helper, signal.SIGKILL)
+        pod = await asyncio.wait_for(making, 10)
+        name = await node.run(pod, "echo", "there")
+        assert (await node.exit(name)).exit_code == 0
 
 
 async def test_a_dead_helper_is_not_missed() -> None:
