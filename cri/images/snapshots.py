@@ -172,8 +172,8 @@ class Snapshots:
             upper.chmod(facts.st_mode & 0o7777)
         except OSError as error:
             raise Failure.wrap("prepare container root", "writable layer", error, str(path)) from error
-        # "volatile": nothing is synced when the root goes, which on a disk takes milliseconds in which others' mounts wait. A writable
-        # layer is never mounted a second time, and after a power cut its container is gone.
+        # "volatile": nothing of the layer is synced, also not by the container's fsync. It is never mounted a second time, and after
+        # a power cut its container is gone. See hack/decisions/volatile-layers.md.
         return Recipe(type="overlay", lower=lowers, upper=str(upper), work=str(work), options=("volatile",))
 
     def release(self, container_id: str) -> tuple[str, ...]:
