@@ -106,6 +106,8 @@ class Network(Section, frozen=True):
 class Images(Section, frozen=True):
     #: containerd's hosts.toml layout, one directory per registry host.
     registry_dir: str = "/etc/cri-shim/certs.d"
+    #: Credentials of the node, in the layout of Docker's config.json; asked where a pull comes without.
+    auth_file: str = ""
     max_parallel_pulls: int = 4
     #: Layers of one pull.
     max_parallel_layers: int = 3
@@ -116,7 +118,8 @@ class Images(Section, frozen=True):
     signature_policy: str = ""
 
     def __post_init__(self) -> None:
-        _absolute(self.registry_dir)
+        for path in filter(None, (self.registry_dir, self.auth_file)):
+            _absolute(path)
         if self.max_parallel_pulls < 1 or self.max_parallel_layers < 1:
             raise ValueError("parallelism must be at least 1")
         if self.signature_policy:

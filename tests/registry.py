@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from typing import Any
 
 from hack.images import Assembled, Pusher
@@ -229,6 +230,12 @@ class _Quiet(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+class _Server(ThreadingHTTPServer):
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)  # HTTPServer's also asks DNS for the address's name, which here nobody answers
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+
 @dataclass
 class Fake:
     """A registry whose answers tests bend. ``blobs`` and ``manifests`` are served as they are; ``hook(handler, path)`` may answer first
@@ -240,6 +247,7 @@ class Fake:
     hook: Callable[[Any, str], bool] | None = None
     seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     tls: Certificate | None = None
+    address: str = "127.0.0.1"
 
     def __enter__(self) -> Fake:
         fake = self
@@ -251,7 +259,7 @@ class Fake:
                     fake.serve(self)
 
         with inside(self.netns):
-            self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            self._server = _Server((self.address, 0), Handler)
         self._server.daemon_threads = True
         if self.tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -266,7 +274,7 @@ class Fake:
 
     @property
     def host(self) -> str:
-        return f"127.0.0.1:{self._server.server_port}"
+        return f"{self.address}:{self._server.server_port}"
 
     def add(self, image: Assembled, *tags: str) -> None:
         for child in image.children:

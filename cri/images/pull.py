@@ -18,6 +18,7 @@ from typing import Any
 from cri.images import manifest as manifests
 from cri.images.auth import Credentials
 from cri.images.hosts import endpoints
+from cri.images.keyring import Keyring
 from cri.images.layer import Layer, fetch
 from cri.images.manifest import Index, Manifest, Platform
 from cri.images.model import config_from_json
@@ -67,6 +68,7 @@ class Options:
     parallel_layers: int
     progress_timeout: float  # seconds
     user_agent: str = "cri-shim"
+    auth_file: Path | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -97,6 +99,7 @@ class Pulls:
             credentials,
             progress_timeout=self._options.progress_timeout,
             user_agent=self._options.user_agent,
+            keyring=Keyring(self._options.auth_file),
         )
         try:
             top, chosen, manifest = await self._resolve(registry)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import re
 import ssl
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ from urllib.parse import urljoin, urlsplit
 from cri.errors import CriError, ImageNotFound, RegistryUnavailable, Unknown
 from cri.images import auth, manifest
 from cri.images.auth import Credentials
-from cri.images.hosts import Endpoint, is_loopback
+from cri.images.hosts import Endpoint
+from cri.images.keyring import Keyring
+from cri.images.proxy import proxy_for
 from cri.images.reference import Reference
 from shim.errors import Failure
 
@@ -36,6 +38,7 @@ _RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _BROKEN = 1  # stands for a status where the connection broke after it was made
 _TRIES = 3  # without progress, per endpoint
 _MAX_DELAY = 30.0  # seconds
+_USERINFO = re.compile(r"//[^/\s]*@")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-")
 
 T = TypeVar("T")
@@ -84,9 +87,19 @@ class Registry:
     """One repository at its endpoints, with the credentials of one client. Use as an async context manager."""
 
     def __init__(
-        self, reference: Reference, endpoints: tuple[Endpoint, ...], credentials: Credentials, *, progress_timeout: float, user_agent: str
+        self,
+        reference: Reference,
+        endpoints: tuple[Endpoint, ...],
+        credentials: Credentials,
+        *,
+        progress_timeout: float,
+        user_agent: str,
+        keyring: Keyring | None = None,
     ) -> None:
+        """``keyring`` is asked where ``credentials``, which came with the request, may not go or are none."""
         self.reference, self.endpoints, self.credentials = reference, endpoints, credentials
+        self._keyring = keyring or Keyring(None)
+        self._secrets = [credentials]  # what no error may show
         self._timeout, self._agent = progress_timeout, user_agent
         self._sessions: dict[Endpoint | None, aiohttp.ClientSession] = {}
         self._authorization: dict[Endpoint, tuple[str, float]] = {}  # header value, monotonic time of expiry
@@ -194,7 +207,9 @@ class Registry:
 
     def _failure(self, what: str, attempts: list[Attempt]) -> CriError:
         asked = "; ".join(f"{a.base}: {a.why}" for a in attempts) or "no configured endpoint has this capability"
-        text = self.credentials.redact(f"pull {self.reference}: {what}: {asked}")
+        text = f"pull {self.reference}: {what}: {asked}"
+        for credentials in self._secrets:
+            text = credentials.redact(text)
         # With a plain-HTTP fallback the TLS failure before it says nothing about the image.
         telling = [a for a in attempts if not a.tls] or attempts
         statuses = {a.status for a in telling}
@@ -220,6 +235,8 @@ class Registry:
             raise EndpointError(Attempt(endpoint.base, f"tls: {_reason(error)}", tls=True)) from error
         except ssl.SSLError as error:
             raise EndpointError(Attempt(endpoint.base, f"tls: {_reason(error)}", tls=True)) from error
+        except aiohttp.ClientHttpProxyError as error:
+            raise EndpointError(Attempt(endpoint.base, f"the proxy answers HTTP {error.status}")) from error
         except TimeoutError as error:
             why = f"no progress for {self._timeout:g} s" if not isinstance(error, aiohttp.ConnectionTimeoutError) else "connect: timed out"
             raise EndpointError(Attempt(endpoint.base, why)) from error
@@ -229,10 +246,14 @@ class Registry:
             raise EndpointError(Attempt(endpoint.base, f"connection: {_reason(error)}", _BROKEN)) from error
 
     async def _authenticated(self, stack: AsyncExitStack, endpoint: Endpoint, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
+        from yarl import URL
+
         for retry in (False, True):
             sent = {**dict(endpoint.headers), **headers, **self._authorized(endpoint)}
             response = await self._follow(stack, endpoint, url, sent)
-            if response.status == 401 and not retry and await self._answer_challenge(endpoint, response, sent):
+            # Where a redirect led may not ask for the registry's credentials, nor name a token server for them.
+            at_home = response.url.origin() == URL(url).origin()
+            if response.status == 401 and at_home and not retry and await self._answer_challenge(endpoint, response, sent):
                 response.release()
                 continue
             if response.status in (200, 206):
@@ -243,7 +264,8 @@ class Registry:
     async def _follow(self, stack: AsyncExitStack, endpoint: Endpoint, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
         session, home = self._session(endpoint), urlsplit(url)
         for _ in range(_REDIRECT_LIMIT):
-            response = await stack.enter_async_context(session.get(url, headers=headers, allow_redirects=False, proxy=_proxy(url)))
+            proxy = _proxy(endpoint, url)
+            response = await stack.enter_async_context(session.get(url, headers=headers, allow_redirects=False, proxy=proxy))
             if response.status not in _REDIRECTS:
                 return response
             target = urljoin(url, response.headers.get("Location", ""))
@@ -286,10 +308,7 @@ class Registry:
             now = self._authorized(endpoint)
             if now and now.get("Authorization") != sent.get("Authorization"):
                 return True
-            host = endpoint.host
-            offered = (
-                self.credentials if self.credentials.allowed_at(host, self.reference.domain, origin=endpoint.origin) else auth.ANONYMOUS
-            )
+            offered = await self._offered(endpoint)
             for challenge in auth.challenges(response.headers.getall("WWW-Authenticate", [])):
                 if challenge.scheme == "bearer":
                     value, lifetime = await self._token(endpoint, challenge, offered)
@@ -302,6 +321,18 @@ class Registry:
                     return True
             return False
 
+    async def _offered(self, endpoint: Endpoint) -> Credentials:
+        """What this endpoint may see: the client's own credentials, else what the node has on file for this very host."""
+        if self.credentials.allowed_at(endpoint.host, self.reference.domain, origin=endpoint.origin):
+            return self.credentials
+        try:
+            found = await self._keyring.find(self.reference.domain, self.reference.path) if endpoint.origin else auth.ANONYMOUS
+            found = found or await self._keyring.find(endpoint.host, self.reference.path)
+        except Failure as error:
+            raise EndpointError(Attempt(endpoint.base, str(error), 401)) from error
+        self._secrets.append(found)
+        return found
+
     async def _token(self, endpoint: Endpoint, challenge: auth.Challenge, offered: Credentials) -> tuple[str, float]:
         if offered.registry_token:
             return offered.registry_token, float("inf")
@@ -309,9 +340,9 @@ class Registry:
             request = auth.token_request(challenge, endpoint.base, auth.scope_of(self.reference.path), offered)
             same_host = urlsplit(request.url).netloc.lower() == endpoint.host
             session = self._session(endpoint if same_host or not endpoint.client else None)
-            method = "POST" if request.body else "GET"
+            method, proxy = "POST" if request.body else "GET", _proxy(endpoint, request.url)
             async with session.request(
-                method, request.url, headers=request.headers, data=request.body or None, allow_redirects=False, proxy=_proxy(request.url)
+                method, request.url, headers=request.headers, data=request.body or None, allow_redirects=False, proxy=proxy
             ) as response:
                 body = await _read(response, auth.TOKEN_LIMIT, endpoint)
                 if response.status != 200:
@@ -326,12 +357,12 @@ class Registry:
             yield chunk
 
 
-def _proxy(url: str) -> str | None:
-    """From HTTP_PROXY, HTTPS_PROXY and NO_PROXY. Not the client's trust_env, which also sends what root's .netrc has."""
-    parts = urlsplit(url)
-    if is_loopback(parts.netloc) or urllib.request.proxy_bypass(parts.netloc):
-        return None
-    return urllib.request.getproxies().get(parts.scheme)
+def _proxy(endpoint: Endpoint, url: str) -> str | None:
+    """Not the client's trust_env, which also sends what root's .netrc has."""
+    try:
+        return proxy_for(url, os.environ)
+    except Failure as error:
+        raise EndpointError(Attempt(endpoint.base, str(error))) from error
 
 
 def _range_start(response: aiohttp.ClientResponse, endpoint: Endpoint) -> int:
@@ -375,4 +406,5 @@ def _summary(status: int, body: bytes) -> str:
 
 def _reason(error: BaseException) -> str:
     inner = getattr(error, "os_error", None) or error
-    return (getattr(inner, "strerror", None) or str(inner) or type(inner).__name__)[:200]
+    text = getattr(inner, "strerror", None) or str(inner) or type(inner).__name__
+    return _USERINFO.sub("//", text)[:200]  # the client's errors quote a proxy's URL with its password

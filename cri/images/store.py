@@ -62,6 +62,7 @@ class Images:
             parallel_pulls=config.max_parallel_pulls,
             parallel_layers=config.max_parallel_layers,
             progress_timeout=float(config.progress_timeout),
+            auth_file=Path(config.auth_file) if config.auth_file else None,
         )
         self.pulls = Pulls(self.snapshots, options, platform or manifest.host_platform(), self._known_config)
         self._usage = Containers(self.snapshots)
