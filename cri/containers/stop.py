@@ -19,9 +19,10 @@ from protos.runtime.v1 import api_pb2 as v1
 from shim.errors import Failure
 from shim.oci.bundle import ExitRecord
 
-# After SIGKILL: a first wait for the usual case, then every process of the cgroup is killed (thawing it, too), then it is reported.
-_FIRST_WAIT: Final = 2.0
-_LAST_WAIT: Final = 10.0
+# Seconds after SIGKILL: for the usual case, then for what lives on in a frozen cgroup or in uninterruptible sleep. The core names the
+# latter after five; the rest is for a process that takes long to give back its memory.
+_FIRST_WAIT: Final = 1.0
+_LAST_WAIT: Final = 6.0
 NEVER_STARTED_CODE: Final = 128 + signal.SIGKILL
 
 log = logging.getLogger("cri.containers")
@@ -89,15 +90,26 @@ async def _drive(container: Container, stopping: Stopping, graceful: bool, super
 
 
 async def _kill(container: Container, supervisor: Supervisor) -> None:
-    # In a PID namespace of its own the kernel kills the rest with the first process.
-    for everything, wait in ((not container.own_pid_namespace, _FIRST_WAIT), (True, _LAST_WAIT)):
-        await _signal(container, signal.SIGKILL, supervisor, everything=everything)
-        if await container.ended_within(wait):
+    """SIGKILL to the first process, with which the kernel kills the rest of its PID namespace; then, or at once where the namespace is
+    shared, to every process of the cgroup, which is thawed. Who is left is reported, not waited for."""
+    loop = asyncio.get_running_loop()
+    if container.own_pid_namespace:
+        await _signal(container, signal.SIGKILL, supervisor)
+        if await container.ended_within(_FIRST_WAIT):
             return
-    raise DeadlineExceeded(
-        f"container {container.id} (pid {container.facts.pid}) is alive {_FIRST_WAIT + _LAST_WAIT:g} s after SIGKILL",
-        hint="a process in uninterruptible sleep (state D) waits for a disk or a network file system",
-    )
+    deadline = loop.time() + _LAST_WAIT
+    left = f"pid {container.facts.pid} is not gone {_LAST_WAIT:g} s after SIGKILL"
+    try:
+        await _signal(container, signal.SIGKILL, supervisor, everything=True)
+    except Failure as failure:
+        if failure.errno != errno.EBUSY:
+            raise
+        left = failure.message  # after seconds of waiting: it names who is left
+    if not await container.ended_within(deadline - loop.time()):
+        raise DeadlineExceeded(
+            f"container {container.id}: {left}",
+            hint="a process in state D waits for a disk or a network file system and cannot be killed before that answers",
+        )
 
 
 async def _signal(container: Container, number: int, supervisor: Supervisor, *, everything: bool = False) -> None:

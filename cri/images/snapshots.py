@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 import secrets
-import shutil
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cri.images import files
+from cri.state import trees
 from shim.errors import Failure
 from shim.linux.process import boot_id
 from shim.oci.bundle import Recipe
+
+log = logging.getLogger("cri.images")
 
 _EMPTY = "empty"  # overlayfs wants one lower directory even for an image without layers
 
@@ -219,5 +222,8 @@ class Snapshots:
 
 def _delete(trash: Path) -> None:
     for path in trash.iterdir():
-        # Another deletion may be at the same tree; what neither removes is tried again at the next.
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            trees.delete(path)
+        except OSError as error:
+            # Another deletion may be at the same tree; what neither removes is tried again at the next.
+            log.warning("discarded layer %s is not deleted yet: %s", path.name, error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from cri.node import Node
 from cri.pods.model import Pod, Pods, now, pod_name
 from cri.spec import files, sandbox
 from cri.spec.inputs import HostFacts
-from cri.state import records
+from cri.state import records, trees
 from cri.state.layout import Layout
 from cri.state.operations import Operation
 from cri.state.records import PodFacts
@@ -157,10 +156,7 @@ def _check_log_directory(path: str) -> None:
 
 def remove_directory(directory: Path) -> None:
     """Remove a small directory of ours with all that is in it; its absence is fine."""
-    try:
-        shutil.rmtree(directory)
-    except FileNotFoundError:
-        return
+    trees.delete(directory)
 
 
 async def remove_tree(directory: Path) -> None:

@@ -91,11 +91,15 @@ def kill(group: Group, timeout: float = KILL_TIMEOUT) -> None:
 
 
 def _describe(pid: int) -> str:
+    """``1234 (cat, state D in request_wait_answer)``: what it is and where in the kernel it waits."""
     try:
         name, _, rest = _read(f"/proc/{pid}/stat").rpartition(")")
+        where = _read(f"/proc/{pid}/wchan").strip()
     except OSError:
         return f"{pid} (gone by now)"
-    return f"{pid} {name.partition('(')[2]} ({rest.split()[0]})"
+    # A process chooses its name: it must not end a line, or a log would say what it likes.
+    comm = "".join(c if c.isprintable() else "?" for c in name.partition("(")[2])
+    return f"{pid} ({comm}, state {rest.split()[0]}" + (f" in {where})" if where not in ("", "0") else ")")
 
 
 def freeze(group: Group, timeout: float = 2.0) -> None:

@@ -294,6 +294,8 @@ async def _end(core: Core, logs: Logs, container: Container) -> None:
         if not container.own_pids and container.group is not None:
             await core.children.call(jobs.KillAll(container.group), "delete container")
         if not await core.loop.within(container.over, _DEATH):
+            if container.group is not None:
+                await core.children.call(jobs.KillAll(container.group), "delete container")  # names who is left, and where it waits
             message = f"process {container.pid} is still there {_DEATH:g} s after SIGKILL"
             raise Failure("delete container", path=container.id, message=message)
     elif container.job is not None:
