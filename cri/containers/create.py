@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cri.containers import hostpaths, logs
+from cri.containers import hostpaths, image_volumes, logs
 from cri.containers.model import Container, Containers, container_name
 from cri.errors import AlreadyExists, FailedPrecondition, ImageNotFound, InvalidArgument
 from cri.images.model import Image
@@ -23,6 +24,7 @@ from cri.state.records import ContainerFacts, Resolved
 from cri.supervisor import Supervisor
 from cri.undo import Undo
 from protos.runtime.v1 import api_pb2 as v1
+from shim.errors import Failure
 from shim.oci import bundle
 from shim.oci.spec import Spec
 
@@ -91,6 +93,8 @@ class _Maker:
             log_path=logs.container_log_path(pod.config, config),
         )
         target = self._target()
+        shown = image_volumes.find(config, self.images)
+        facts.image_volumes = {one.destination: one.image.id for one in shown}
 
         operation.enter("mount sources")
         await hostpaths.ensure(config.mounts)
@@ -98,12 +102,14 @@ class _Maker:
 
         operation.enter("root file system")
         undo.push("release snapshot", partial(self.images.release, container_id))
-        recipe = await self.images.prepare(image, container_id)
+        recipe = await self.images.prepare(image, container_id, [one.image for one in shown])
+        if shown:
+            recipe = replace(recipe, volumes=image_volumes.recipes(shown, self.images))
         volumes = self._volumes(container_id, image, undo)
 
         operation.enter("bundle")
         directory = self.containers.layout.bundle(container_id)
-        spec = self._spec(container_id, image, volumes)
+        spec = self._spec(container_id, image, volumes, facts.image_volumes)
         facts.stop_signal = stop_signal(config, image.config)
         facts.cgroups_path = spec.linux.cgroups_path
         undo.push("remove bundle", partial(remove_directory, directory))
@@ -111,16 +117,19 @@ class _Maker:
 
         operation.enter("process")
         undo.push("delete container", partial(self.supervisor.delete_container, container_id))
-        created = await self.supervisor.create_container(
-            container_id,
-            pod.id,
-            bundle=directory,
-            log_path=facts.log_path,
-            tty=config.tty,
-            stdin=config.stdin,
-            stdin_once=config.stdin_once,
-            target=target,
-        )
+        try:
+            created = await self.supervisor.create_container(
+                container_id,
+                pod.id,
+                bundle=directory,
+                log_path=facts.log_path,
+                tty=config.tty,
+                stdin=config.stdin,
+                stdin_once=config.stdin_once,
+                target=target,
+            )
+        except Failure as failure:
+            raise image_volumes.explain(failure, shown) or failure from None
         facts.pid = created.pid
         facts.user = Resolved(created.user.uid, created.user.gid, list(created.user.additional_gids))
 
@@ -172,7 +181,7 @@ class _Maker:
             made[path] = str(directory)
         return made
 
-    def _spec(self, container_id: str, image: Image, volumes: dict[str, str]) -> Spec:
+    def _spec(self, container_id: str, image: Image, volumes: dict[str, str], image_mounts: dict[str, str]) -> Spec:
         directory = self.containers.layout.pod(self.pod.id)
         return spec_container.build(
             ContainerInputs(
@@ -185,6 +194,7 @@ class _Maker:
                 ),
                 image=image.config,
                 volumes=volumes,
+                image_mounts=image_mounts,
                 host=self.node.host,
                 # A handler that has left the configuration since the pod began: its containers get the defaults.
                 handler=self.node.handlers.get(self.pod.facts.runtime_handler, self.node.handlers[""]),

@@ -7,6 +7,7 @@ from typing import Any
 
 from cri.containers.model import STATE_NAMES, Container, Containers
 from cri.errors import FailedPrecondition
+from cri.spec import strings
 from cri.spec.stop_signal import to_cri as cri_signal
 from protos.runtime.v1 import api_pb2 as v1
 from shim.oci import bundle
@@ -50,6 +51,9 @@ def _build(container: Container) -> v1.ContainerStatus:
         stop_signal=cri_signal(facts.stop_signal),
     )
     built.image.image = facts.image_name or config.image.image
+    for mount in built.mounts:
+        if mount.HasField("image"):
+            mount.image.image_ref = facts.image_volumes.get(strings.clean(mount.container_path), "")
     if config.linux.HasField("resources"):
         built.resources.linux.CopyFrom(config.linux.resources)
     user = facts.user

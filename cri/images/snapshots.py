@@ -158,14 +158,15 @@ class Snapshots:
         """The image read-only."""
         return Recipe(type="overlay", lower=self._lowers(chains))
 
-    def prepare(self, container_id: str, chains: Sequence[str]) -> Recipe:
-        """A writable layer of ``container_id`` on top of the image."""
+    def prepare(self, container_id: str, chains: Sequence[str], also: Iterable[str] = ()) -> Recipe:
+        """A writable layer of ``container_id`` on top of the image; it keeps ``also`` other chain ids, until it is released."""
         lowers = self._lowers(chains)
         path = self._writable / container_id
         try:
             path.mkdir(mode=0o700)
-            self._uses[container_id] = tuple(chains)  # from here on garbage collection spares them
-            files.write_json(path / "uses.json", tuple(chains))
+            used = tuple(dict.fromkeys((*chains, *also)))
+            self._uses[container_id] = used  # from here on garbage collection spares them
+            files.write_json(path / "uses.json", used)
             upper, work = path / "upper", path / "work"
             work.mkdir(mode=0o700)
             upper.mkdir(mode=0o755)

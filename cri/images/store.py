@@ -204,14 +204,15 @@ class Images:
         self._names = {name: i for name, i in self._names.items() if i != record.image.id}
         self._collect()
 
-    async def prepare(self, image: Image, container_id: str) -> Recipe:
-        """A writable root for a container."""
-        if image.id not in self._records:
-            raise ImageNotFound(f"image {image.id} was removed")
-        return self.snapshots.prepare(container_id, image.chain_ids)
+    async def prepare(self, image: Image, container_id: str, shown: Collection[Image] = ()) -> Recipe:
+        """A writable root for a container, which also keeps the images that are ``shown`` in it as volumes."""
+        for one in (image, *shown):
+            if one.id not in self._records:
+                raise ImageNotFound(f"image {one.id} was removed")
+        return self.snapshots.prepare(container_id, image.chain_ids, [c for one in shown for c in one.chain_ids])
 
     def view(self, image: Image) -> Recipe:
-        """The image read-only, for an image volume; it must be ``prepare``d by something for as long as it is used."""
+        """The image read-only, for an image volume of a container that was prepared with it."""
         return self.snapshots.view(image.chain_ids)
 
     async def release(self, container_id: str) -> None:

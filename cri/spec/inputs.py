@@ -88,4 +88,4 @@ class ContainerInputs:
     handler: HandlerConfig = field(default_factory=HandlerConfig)
     image_name: str = ""  # for the annotation; else what the request says
     volumes: Mapping[str, str] = field(default_factory=dict)  # VOLUME of the image to a directory of ours
-    image_mounts: Mapping[str, str] = field(default_factory=dict)  # container_path of an image volume to its read-only directory
+    image_mounts: Mapping[str, str] = field(default_factory=dict)  # destination of an image volume to the image's id

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from cri.errors import FailedPrecondition, InvalidArgument, RROUnsupported, Unimplemented
+from cri.errors import FailedPrecondition, ImageVolumeMountFailed, InvalidArgument, RROUnsupported
 from cri.spec import namespaces, strings
 from cri.spec.inputs import ContainerInputs, HostFacts
 from protos.runtime.v1 import api_pb2 as v1
@@ -110,30 +110,61 @@ def _requested(mount: v1.Mount, field: str, inputs: ContainerInputs) -> oci.Moun
     destination = strings.absolute(mount.container_path, f"{field}.container_path")
     if destination == "/":
         raise InvalidArgument("is the root", field=f"{field}.container_path")
+    if mount.HasField("image"):
+        return _image(mount, destination, field, inputs)
+    if mount.image_sub_path:
+        raise InvalidArgument("set without image", field=f"{field}.image_sub_path")
     options = ["rbind", _propagation(mount, field)]
-    if mount.HasField("image") and mount.image.image:
-        if mount.host_path:
-            raise InvalidArgument("set together with image", field=f"{field}.host_path")
-        source = inputs.image_mounts.get(mount.container_path, "")
-        if not source:
-            raise Unimplemented(f"{field}.image: image volumes are not built yet")
-        options.append("ro")
-    else:
-        if mount.image_sub_path:
-            raise InvalidArgument("set without image", field=f"{field}.image_sub_path")
-        source = strings.absolute(mount.host_path, f"{field}.host_path")
-        _check_source(mount, source, field, inputs.host)
-        options.append(_access(mount, field, inputs.host))
+    source = strings.absolute(mount.host_path, f"{field}.host_path")
+    _check_source(mount, source, field, inputs.host)
+    options.append(_access(mount, field, inputs.host))
     options += _extra_options(mount.mount_options, f"{field}.mount_options")
-    uids, gids = _mappings(mount.uidMappings, f"{field}.uidMappings"), _mappings(mount.gidMappings, f"{field}.gidMappings")
-    if bool(uids) != bool(gids):
-        raise InvalidArgument("set without the other kind", field=f"{field}.{'uidMappings' if uids else 'gidMappings'}")
+    uids, gids = _mapping_pair(mount, field, inputs.host)
     if mount.propagation == v1.PROPAGATION_BIDIRECTIONAL and namespaces.user_mappings(inputs.pod.linux.security_context.namespace_options):
         # Mounts of a user namespace's making would reach the host.
         raise InvalidArgument("BIDIRECTIONAL in a user namespace", field=f"{field}.propagation")
-    if uids and inputs.host.no_user_namespaces:
-        raise FailedPrecondition(f"{field}.uidMappings: {inputs.host.no_user_namespaces}")
     return oci.Mount(destination, "bind", source, tuple(options), uid_mappings=uids, gid_mappings=gids)
+
+
+def check_image(mount: v1.Mount, field: str) -> None:
+    """Refuse a mount of an image that can never be right."""
+    if not mount.image.image:
+        raise InvalidArgument("must not be empty", field=f"{field}.image.image")
+    strings.absolute(mount.container_path, f"{field}.container_path")
+    if mount.host_path:
+        raise InvalidArgument("set together with image", field=f"{field}.host_path")
+    if not mount.readonly:
+        raise InvalidArgument("an image can only be mounted read-only", field=f"{field}.readonly")
+    if mount.propagation == v1.PROPAGATION_BIDIRECTIONAL:
+        raise InvalidArgument("BIDIRECTIONAL for an image, whose mounts are nobody else's", field=f"{field}.propagation")
+    sub_path = strings.line(mount.image_sub_path, f"{field}.image_sub_path")
+    # The walk itself cannot leave the image. These are the words of one that is meant to, and the kubelet's name for it.
+    if sub_path.startswith("/") or ".." in sub_path.split("/"):
+        raise ImageVolumeMountFailed(f"{field}.image_sub_path: {sub_path!r:.200} is not a path inside the image")
+
+
+def _image(mount: v1.Mount, destination: str, field: str, inputs: ContainerInputs) -> oci.Mount:
+    """A mount of type "image". Its layers are in the recipe. Nothing is ever mounted in it or comes to it: every propagation is private,
+    and read-only is recursively so."""
+    check_image(mount, field)
+    _propagation(mount, field)
+    _access(mount, field, inputs.host)
+    options = ("ro", *_extra_options(mount.mount_options, f"{field}.mount_options"))
+    uids, gids = _mapping_pair(mount, field, inputs.host)
+    users = namespaces.user_mappings(inputs.pod.linux.security_context.namespace_options)
+    if not uids and users is not None:
+        uids, gids = users[:1], users[1:]  # the image's root is the pod's, as in the container's own image
+    source = inputs.image_mounts[destination]
+    return oci.Mount(destination, "image", source, options, uid_mappings=uids, gid_mappings=gids)
+
+
+def _mapping_pair(mount: v1.Mount, field: str, host: HostFacts) -> tuple[tuple[oci.IDMapping, ...], tuple[oci.IDMapping, ...]]:
+    uids, gids = _mappings(mount.uidMappings, f"{field}.uidMappings"), _mappings(mount.gidMappings, f"{field}.gidMappings")
+    if bool(uids) != bool(gids):
+        raise InvalidArgument("set without the other kind", field=f"{field}.{'uidMappings' if uids else 'gidMappings'}")
+    if uids and host.no_user_namespaces:
+        raise FailedPrecondition(f"{field}.uidMappings: {host.no_user_namespaces}")
+    return uids, gids
 
 
 def _propagation(mount: v1.Mount, field: str) -> str:
@@ -182,7 +213,7 @@ def _mappings(mappings: Iterable[v1.IDMapping], field: str) -> tuple[oci.IDMappi
 
 
 def _root_propagation(mounts: Iterable[v1.Mount]) -> str:
-    modes = {m.propagation for m in mounts}
+    modes = {m.propagation for m in mounts if not m.HasField("image")}
     if v1.PROPAGATION_BIDIRECTIONAL in modes:
         return "rshared"
     return "rslave" if v1.PROPAGATION_HOST_TO_CONTAINER in modes else ""

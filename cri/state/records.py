@@ -67,6 +67,7 @@ class ContainerFacts(msgspec.Struct, kw_only=True, omit_defaults=True):
     image_id: str = ""
     image_ref: str = ""
     image_name: str = ""  # a tag for people; what the request called the image if it has none
+    image_volumes: dict[str, str] = {}  # destination → image id
     log_path: str = ""
     stop_signal: int = 15  # number
     cgroups_path: str = ""

@@ -20,7 +20,18 @@ T = TypeVar("T")
 CONFIG, RECIPE, SANDBOX, EXIT = "config.json", "rootfs.json", "sandbox.json", "exit.json"
 STDIN, STDOUT, STDERR = "stdin", "stdout", "stderr"
 
+IMAGE_VOLUME = "mount image volume"  # operation of the Failure of one: the daemon has words for it that the kubelet knows
+
 _LIMIT = 32 << 20  # twice the largest gRPC message: a longer file is not ours
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """An image that a mount of type "image" shows, read-only."""
+
+    destination: str  # of the mount in the specification
+    lower: tuple[str, ...]  # absolute, topmost first
+    sub_path: str = ""  # a directory inside; resolved when the mount is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,7 @@ class Recipe:
     work: str = ""
     source: str = ""  # of a bind
     options: tuple[str, ...] = ()
+    volumes: tuple[Volume, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

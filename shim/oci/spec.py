@@ -3,8 +3,9 @@
 Attribute names are the specification's in snake case; ``shim.oci.codec`` maps them to its JSON names. Sequences are tuples and
 maps are plain dicts that nobody mutates. A field that is ``None`` or empty is left out of the JSON.
 
-Two extensions, both marked below: ``User.username`` with ``User.groups_policy`` (names are looked up inside the root by the
-child that assembled it) and namespace paths of the form ``pod:<type>`` and ``target:<type>`` (the namespace arrives by fd).
+Three extensions, marked below: ``User.username`` with ``User.groups_policy`` (names are looked up inside the root by the child that
+assembled it), namespace paths of the form ``pod:<type>`` and ``target:<type>`` (the namespace arrives by fd), and mounts of type
+``image`` (what they show is in the recipe beside the specification).
 """
 
 from __future__ import annotations
@@ -109,7 +110,10 @@ class IDMapping:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """config.md#mounts. ``options`` as in fstab plus propagation (rprivate, rslave, rshared) and rro for recursive read-only."""
+    """config.md#mounts. ``options`` as in fstab plus propagation (rprivate, rslave, rshared) and rro for recursive read-only.
+
+    Type "image" is an extension: read-only, the layers and the sub path come from ``bundle.Recipe.volumes``; ``source`` is the image's id.
+    """
 
     destination: str
     type: str = ""

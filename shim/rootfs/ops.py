@@ -18,15 +18,17 @@ from dataclasses import dataclass, field
 from shim.errors import Failure
 from shim.linux import mount as m
 from shim.linux import path as paths
-from shim.oci.bundle import Recipe
-from shim.rootfs import copyup, devices, idmap, overlay
+from shim.oci.bundle import IMAGE_VOLUME, Recipe
+from shim.rootfs import copyup, devices, idmap, overlay, volumes
 from shim.rootfs.lean import EMPTY
 from shim.rootfs.lean import lean_namespace as lean_namespace
 from shim.rootfs.lean import private_proc as private_proc
-from shim.rootfs.plan import SHM, Bind, Filesystem, MakeDirectory, MakeNode, Mask, Op, Readonly, Root
+from shim.rootfs.plan import SHM, Bind, Filesystem, ImageVolume, MakeDirectory, MakeNode, Mask, Op, Readonly, Root
 
 _PHASE = "create container"
 _PROTECTED = ("/proc", "/sys", "/dev")
+_VERBS: dict[type, str] = {Bind: "mount", Mask: "mask", Readonly: "make read-only", MakeNode: "mknod", MakeDirectory: "mkdir"}
+_VERBS[ImageVolume] = IMAGE_VOLUME
 
 
 @dataclass(slots=True)
@@ -95,7 +97,11 @@ def prepare(ops: Sequence[Op], recipe: Recipe, *, shm_fd: int | None = None, use
                 prepared.null = Spare(m.open_tree(m.AT_FDCWD, "/dev/null"))
                 if os.fstat(prepared.null.fd).st_rdev != os.makedev(1, 3):
                     raise Failure(_PHASE, "mask", path="/dev/null", message="is not the null device")
-        # Last, because with many layers on an old kernel it leaves the host's mount namespace.
+        # Last, because with many layers on an old kernel they leave the host's mount namespace.
+        for index, op in enumerate(ops):
+            if isinstance(op, ImageVolume):
+                prepared.mounts[index] = volumes.prepare(op, namespaces)
+                prepared.directories.add(index)
         if (userns := namespaces.of_root()) is None:
             prepared.root = overlay.root_mount(recipe)
         else:
@@ -202,7 +208,7 @@ def attach(ops: Sequence[Op], prepared: Prepared, rootfd: int, *, proc_fd: int |
     for index, op in enumerate(ops):
         where = getattr(op, "destination", "")
         try:
-            if isinstance(op, Bind):
+            if isinstance(op, (Bind, ImageVolume)):
                 _attach_bind(prepared, rootfd, index, op)
             elif isinstance(op, Filesystem):
                 _attach_filesystem(prepared, rootfd, index, op, proc_fd)
@@ -242,14 +248,14 @@ def _failed(operation: str, error: OSError, path: str) -> Failure:
 def _verb(op: Op) -> str:
     if isinstance(op, Filesystem):
         return f"mount {op.fstype}"
-    return {Bind: "mount", Mask: "mask", Readonly: "make read-only", MakeNode: "mknod", MakeDirectory: "mkdir"}.get(type(op), "root")
+    return _VERBS.get(type(op), "root")
 
 
-def _attach_bind(prepared: Prepared, rootfd: int, index: int, op: Bind) -> None:
+def _attach_bind(prepared: Prepared, rootfd: int, index: int, op: Bind | ImageVolume) -> None:
     fd = prepared.mounts.pop(index)
     directory = index in prepared.directories
     target = _target(prepared, rootfd, op.destination, directory=directory)
-    if op.copyup and directory:
+    if isinstance(op, Bind) and op.copyup and directory:
         copyup.copy_into_empty(target, fd)
         if op.set & m.MOUNT_ATTR_RDONLY:
             m.mount_setattr(fd, set=m.MOUNT_ATTR_RDONLY)

@@ -58,15 +58,22 @@ def _overlay_mapped(recipe: Recipe, userns: int, owner: tuple[int, int]) -> int:
     capabilities, which the change of ids takes from the effective set only.
     """
     layers: list[int] = []
+    attached = False
+    place = recipe.work or recipe.lower[0]
     effective, permitted, inheritable = libc.capget()
     try:
         mapped = _mapped(recipe, userns, layers)
+        if not _DETACHED_LAYERS:
+            _attach_somewhere(layers, place)
+            attached = True
         libc.setfsids(*owner)
         libc.capset(permitted, permitted, inheritable)
         return _overlay(mapped)
     finally:
         libc.setfsids(0, 0)
         libc.capset(effective, permitted, inheritable)
+        if attached:
+            m.umount2(place, m.MNT_DETACH)  # another image of this container may have layers there
         for fd in layers:
             os.close(fd)
 
@@ -85,8 +92,6 @@ def _mapped(recipe: Recipe, userns: int, layers: list[int]) -> Recipe:
         parent = os.path.commonpath((upper, work))
         above = name(parent)
         upper, work = (f"{above}/{os.path.relpath(path, parent)}" for path in (upper, work))
-    if not _DETACHED_LAYERS:
-        _attach_somewhere(layers, recipe.work or recipe.lower[0])
     return replace(recipe, lower=lower, upper=upper, work=work)
 
 
@@ -165,7 +170,10 @@ def _overlay_in_one_value(recipe: Recipe, layers: list[int]) -> int:
             raise OSError(errno.E2BIG, "too many layers for this kernel")
         target = recipe.work or recipe.lower[0]
         m.mount("overlay", target, "overlay", 0, data)
-        return m.open_tree(m.AT_FDCWD, target)
+        try:
+            return m.open_tree(m.AT_FDCWD, target)
+        finally:
+            m.umount2(target, m.MNT_DETACH)  # not to hide a layer from the next
     finally:
         os.fchdir(before)
         os.close(before)

@@ -77,6 +77,17 @@ class Bind:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageVolume:
+    """An image, or a directory in it, read-only. ``lower`` and ``sub_path`` as in ``bundle.Volume``."""
+
+    destination: str
+    lower: tuple[str, ...]
+    sub_path: str
+    attributes: int
+    mappings: Mappings | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class MakeNode:
     """A device outside /dev."""
 
@@ -103,7 +114,7 @@ class Readonly:
     paths: tuple[str, ...]
 
 
-Op: TypeAlias = "Root | Filesystem | Bind | MakeNode | MakeDirectory | Mask | Readonly"
+Op: TypeAlias = "Root | Filesystem | Bind | ImageVolume | MakeNode | MakeDirectory | Mask | Readonly"
 
 # File systems without a source, several of them tied to a namespace of the process that makes them.
 _NAMESPACED = frozenset(("bpf", "cgroup2", "devpts", "hugetlbfs", "mqueue", "proc", "ramfs", "sysfs", "tmpfs"))
@@ -115,6 +126,8 @@ _PROC_FILES = frozenset(
     f"/proc/{name}"
     for name in ("cpuinfo", "diskstats", "loadavg", "meminfo", "slabinfo", "stat", "swaps", "sys/crypto/fips_enabled", "uptime")
 )
+# Nothing of an image volume may be written, and its files are data: no setuid bits, no devices. Programs may be run from it.
+IMAGE_ATTRIBUTES = m.MOUNT_ATTR_RDONLY | m.MOUNT_ATTR_NOSUID | m.MOUNT_ATTR_NODEV
 _ALLOWED_ON = {"/proc": ("proc",), "/sys": ("sysfs", "tmpfs"), "/dev": ("tmpfs", "devtmpfs")}
 
 
@@ -133,7 +146,7 @@ def plan(
         raise Failure("plan root", message=f"unknown recipe type {recipe.type!r}")
     linux = spec.linux
     userns = spec.namespace(NamespaceType.USER) is not None
-    builder = _Builder(spec, userns, mknod, cgroup_version, cgroup_paths)
+    builder = _Builder(spec, recipe, userns, mknod, cgroup_version, cgroup_paths)
     mappings = (linux.uid_mappings, linux.gid_mappings) if userns and linux.uid_mappings else None
     propagation = PROPAGATION.get(linux.rootfs_propagation or "private")
     if propagation is None:
@@ -188,8 +201,11 @@ def warm() -> None:
 class _Builder:
     """One plan in the making."""
 
-    def __init__(self, spec: Spec, userns: bool, mknod: bool, cgroup_version: int, cgroup_paths: Mapping[str, str]) -> None:
+    def __init__(
+        self, spec: Spec, recipe: Recipe, userns: bool, mknod: bool, cgroup_version: int, cgroup_paths: Mapping[str, str]
+    ) -> None:
         self.spec, self.userns, self.mknod = spec, userns, mknod
+        self.volumes = {normal(volume.destination, "image volume"): volume for volume in recipe.volumes}
         self.cgroup_version, self.cgroup_paths = cgroup_version, cgroup_paths
         self.ops: list[Op] = []
         self.mounts = [(normal(mount.destination, "mount"), mount, parse(mount.options)) for mount in spec.mounts]
@@ -204,6 +220,8 @@ class _Builder:
             raise Failure("plan root", "mount", path=destination, message="nothing may be mounted over the root")
         if _is_bind(mount, options):
             self.ops.append(self._bind(destination, mount, options))
+        elif mount.type == "image":
+            self.ops.append(self._image(destination, mount, options))
         elif mount.type == "cgroup" or mount.type == "cgroup2":
             self._cgroup(destination, options)
         else:
@@ -216,7 +234,7 @@ class _Builder:
             raise Failure("plan root", "mount", path=destination, message="a bind mount needs a source")
         if destination.startswith("/proc/") and destination not in _PROC_FILES:
             raise Failure("plan root", "mount", path=destination, message="this place below /proc may not be mounted over")
-        mappings = (mount.uid_mappings, mount.gid_mappings) if mount.uid_mappings or mount.gid_mappings else None
+        mappings = _mappings(mount)
         if mappings is None and options.idmap:
             mappings = (self.spec.linux.uid_mappings, self.spec.linux.gid_mappings)
         return Bind(
@@ -231,6 +249,16 @@ class _Builder:
             mappings,
             options.idmap_recursive,
             options.copyup,
+        )
+
+    def _image(self, destination: str, mount: Mount, options: Options) -> ImageVolume:
+        volume = self.volumes.get(destination)
+        if volume is None or not volume.lower:
+            raise Failure("plan root", "mount", path=destination, message="the recipe has no image for it")
+        if destination in _ALLOWED_ON or destination.startswith("/proc/"):
+            raise Failure("plan root", "mount", path=destination, message="this place may not show an image")
+        return ImageVolume(
+            destination, volume.lower, volume.sub_path, options.set | options.recursive_set | IMAGE_ATTRIBUTES, _mappings(mount)
         )
 
     def _filesystem(self, destination: str, mount: Mount, options: Options) -> None:
@@ -339,6 +367,10 @@ def _cgroup1_view(destination: str, paths: Mapping[str, str], attributes: int) -
         if alias and "/" not in alias and alias not in tree:
             tree[alias] = Node(alias, stat.S_IFLNK, target=name)
     return tuple(tree.values()), binds
+
+
+def _mappings(mount: Mount) -> Mappings | None:
+    return (mount.uid_mappings, mount.gid_mappings) if mount.uid_mappings or mount.gid_mappings else None
 
 
 def _is_bind(mount: Mount, options: Options) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cri.errors import CriError, InvalidArgument, RROUnsupported, Unimplemented
+from cri.errors import CriError, InvalidArgument, RROUnsupported
 from cri.images.model import ImageConfig
 from cri.spec import mounts
 from cri.spec.inputs import ContainerInputs, HostFacts, SandboxFiles
@@ -146,11 +146,39 @@ def test_readonly_modes_and_extra_options() -> None:
     assert options(mount_options=["noexec", "nodev"]) == ("rbind", "rprivate", "rw", "noexec", "nodev")
 
 
-def test_image_volumes_wait_for_their_issue() -> None:
-    request = {"container_path": "/v", "image": v1.ImageSpec(image="x")}
-    with pytest.raises(Unimplemented, match=r"config\.mounts\[0\]\.image"):
-        build(request)
-    assert at(build(request, image_mounts={"/v": "/images/x"}), "/v") == Mount("/v", "bind", "/images/x", ("rbind", "rprivate", "ro"))
+IMAGE = {"container_path": "/v/", "image": v1.ImageSpec(image="x"), "readonly": True}
+
+
+def test_image_volumes() -> None:
+    def built(**fields: Any) -> Mount:
+        return at(build(IMAGE | fields, image_mounts={"/v": "sha256:1"}), "/v")
+
+    plain = Mount("/v", "image", "sha256:1", ("ro",))
+    assert built() == built(image_sub_path="a/b") == built(recursive_read_only=True) == plain
+    assert built(propagation=v1.PROPAGATION_HOST_TO_CONTAINER, selinux_relabel=True) == plain  # nothing ever comes, nothing is ours to label
+    assert built(mount_options=["noexec"]).options == ("ro", "noexec")
+    ids = [v1.IDMapping(container_id=0, host_id=1000, length=10)]
+    assert built(uidMappings=ids, gidMappings=ids).uid_mappings == (IDMapping(0, 1000, 10),)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"readonly": False}, "readonly"),
+        ({"host_path": "/h"}, "host_path"),
+        ({"image": v1.ImageSpec()}, "image.image"),
+        ({"propagation": v1.PROPAGATION_BIDIRECTIONAL}, "propagation"),
+        ({"propagation": 9}, "propagation"),
+        ({"image_sub_path": "/etc"}, "image_sub_path"),
+        ({"image_sub_path": "a/../../b"}, "image_sub_path"),
+        ({"image_sub_path": "a\nb"}, "image_sub_path"),
+        ({"mount_options": ["rw"]}, "mount_options"),
+        ({"uidMappings": [v1.IDMapping(length=1)]}, "uidMappings"),
+    ],
+)
+def test_image_volumes_that_cannot_be(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(CriError, match=rf"config\.mounts\[0\]\.{named}"):
+        build(IMAGE | fields, image_mounts={"/v": "sha256:1"})
 
 
 def test_volumes() -> None:
