@@ -66,7 +66,7 @@ def test_shown_read_only_and_reported(daemon: Daemon, pod: Pod, busybox: str, da
         ({"image_sub_path": "absent"}, "UNKNOWN", "ImageVolumeMountFailed: config.mounts[0]: image {!r}: sub path 'absent' does not exist"),
         ({"image_sub_path": "models/weights"}, "UNKNOWN", "ImageVolumeMountFailed: config.mounts[0]: image {!r}: sub path"),
         ({"image_sub_path": "../.."}, "UNKNOWN", "ImageVolumeMountFailed: config.mounts[0].image_sub_path:"),
-        ({"image": v1.ImageSpec(image="nobody/has:this")}, "UNKNOWN", "ImageVolumeMountFailed: config.mounts[0].image: 'nobody/has:this' is not"),
+        ({"image": v1.ImageSpec(image="no/such:one")}, "UNKNOWN", "ImageVolumeMountFailed: config.mounts[0].image: 'no/such:one' is not"),
         ({"readonly": False}, "INVALID_ARGUMENT", "config.mounts[0].readonly: "),
         ({"host_path": "/tmp"}, "INVALID_ARGUMENT", "config.mounts[0].host_path: "),
     ],

@@ -13,9 +13,9 @@ import pytest
 
 from shim.errors import Failure
 from shim.oci.bundle import IMAGE_VOLUME, Volume
-from shim.oci.spec import IDMapping, Linux, Mount
+from shim.oci.spec import IDMapping, Mount
 from shim.rootfs import idmap, overlay, volumes
-from tests.kernel.rootbox import NAMESPACES, USUAL, Box, Result
+from tests.kernel.rootbox import USUAL, Box, Result
 
 pytestmark = pytest.mark.mount
 AT = "/vol"
@@ -70,8 +70,8 @@ def _only_attached(clone: Callable[..., int]) -> Callable[..., int]:
 
 @pytest.mark.usefixtures("way")
 def test_the_image_read_only(box: Box, layers: tuple[str, ...]) -> None:
-    script = f"cd {AT}; cat low dir/one dir/two; echo; ./tool; touch new; echo x > low; rm tool; mkdir dir/x; grep ' {AT} ' /proc/self/mountinfo"
-    found = show(box, layers, script)
+    script = "cat low dir/one dir/two; echo; ./tool; touch new; echo x > low; rm tool; mkdir dir/x"
+    found = show(box, layers, f"cd {AT}; {script}; grep ' {AT} ' /proc/self/mountinfo")
     assert found.lines[:2] == ["lowonetwo", "ran"]
     assert found.out.count("Read-only file system") >= 3
     options = found.lines[-1].split()[5].split(",")
@@ -79,7 +79,9 @@ def test_the_image_read_only(box: Box, layers: tuple[str, ...]) -> None:
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize(("sub_path", "listing"), [("dir", "deep one two"), ("dir/deep", "*"), ("inside/./deep//", "*"), (".", "dir inside low out tool")])
+@pytest.mark.parametrize(
+    ("sub_path", "listing"), [("dir", "deep one two"), ("dir/deep", "*"), ("inside/./deep//", "*"), (".", "dir inside low out tool")]
+)
 def test_sub_path(box: Box, layers: tuple[str, ...], sub_path: str, listing: str) -> None:
     found = show(box, layers, f"cd {AT}; echo *; touch x", sub_path)
     assert found.lines[0] == listing
