@@ -149,6 +149,7 @@ class _Maker:
         image = self.images.get(reference)
         if image is None:
             raise ImageNotFound(f"image {reference!r} is not on this node", hint="pull it first")
+        self.images.require_trusted(image, self.config.image.user_specified_image or reference)
         return image
 
     def _target(self) -> str | None:

@@ -35,6 +35,7 @@ def find(config: v1.ContainerConfig, images: Images) -> list[Found]:
         image = images.get(mount.image.image)
         if image is None:
             raise ImageVolumeMountFailed(f"{field}.image: {mount.image.image!r:.200} is not on this node", hint="pull it first")
+        images.require_trusted(image, _name(mount.image))
         found.append(Found(field, strings.clean(mount.container_path), image, mount.image_sub_path, _name(mount.image)))
     return found
 

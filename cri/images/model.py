@@ -47,6 +47,14 @@ class Image:
         return self.repo_digests[0] if self.repo_digests else self.id
 
 
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A signed claim about an image, as the registry had it; nothing in it is believed before a key has verified it."""
+
+    payload: bytes
+    signature: bytes
+
+
 def config_from_json(document: dict[str, Any]) -> ImageConfig:
     """The runtime config of a whole image config document; a wrong type or an unusable string is a Failure naming the field."""
     raw = document.get("config")

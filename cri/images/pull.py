@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,10 @@ from shim.linux.process import boot_id
 
 _PATIENCE = 5.0  # seconds
 _NESTING = 4  # indexes in indexes
+
+
+#: Called with the repository and the digests of what the reference names and of this platform's manifest.
+Admit = Callable[[Registry, tuple[str, str]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +93,9 @@ class Pulls:
     def progress(self) -> list[Progress]:
         return [*self._resolving, *(w.progress for w in self._work.values())]
 
-    async def pull(self, reference: Reference, credentials: Credentials, done: Callable[[Pulled, str], None]) -> None:
-        """Pull, and call ``done(pulled, digest the reference resolved to)`` while its snapshots are still kept."""
+    async def pull(self, reference: Reference, credentials: Credentials, admit: Admit, done: Callable[[Pulled, str], None]) -> None:
+        """Pull, and call ``done(pulled, digest the reference resolved to)`` while its snapshots are still kept. ``admit`` raises if the
+        image that the reference was resolved to may not be had."""
         progress = Progress([str(reference)])
         self._resolving.append(progress)
         registry = Registry(
@@ -103,6 +108,7 @@ class Pulls:
         )
         try:
             top, chosen, manifest = await self._resolve(registry)
+            await admit(registry, (top.digest, chosen.digest))
         except BaseException:
             await registry.close()
             raise

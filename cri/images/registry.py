@@ -246,13 +246,11 @@ class Registry:
             raise EndpointError(Attempt(endpoint.base, f"connection: {_reason(error)}", _BROKEN)) from error
 
     async def _authenticated(self, stack: AsyncExitStack, endpoint: Endpoint, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
-        from yarl import URL
-
         for retry in (False, True):
             sent = {**dict(endpoint.headers), **headers, **self._authorized(endpoint)}
             response = await self._follow(stack, endpoint, url, sent)
             # Where a redirect led may not ask for the registry's credentials, nor name a token server for them.
-            at_home = response.url.origin() == URL(url).origin()
+            at_home = _origin(str(response.url)) == _origin(url)
             if response.status == 401 and at_home and not retry and await self._answer_challenge(endpoint, response, sent):
                 response.release()
                 continue
@@ -363,6 +361,11 @@ def _proxy(endpoint: Endpoint, url: str) -> str | None:
         return proxy_for(url, os.environ)
     except Failure as error:
         raise EndpointError(Attempt(endpoint.base, str(error))) from error
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _range_start(response: aiohttp.ClientResponse, endpoint: Endpoint) -> int:

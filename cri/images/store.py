@@ -23,16 +23,19 @@ from typing import Any
 from cri import config as configuration
 from cri.errors import ImageNotFound, InvalidArgument
 from cri.images import auth, files, manifest, reference
-from cri.images.model import Image, config_from_json
+from cri.images.model import Image, Signature, config_from_json
 from cri.images.pull import Options, Pulled, Pulls
 from cri.images.reference import BadReference, Reference
+from cri.images.registry import Registry
 from cri.images.snapshots import Snapshots
+from cri.images.trust import Trust
 from cri.images.usage import Containers, FsInfo, measure
 from shim.errors import Failure
 from shim.oci.bundle import Recipe
 
 log = logging.getLogger("cri.images")
 
+_SIGNATURES = 256  # kept with an image
 _PREFIX = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})", re.ASCII)  # what crictl shows of an id is 13 digits
 
 
@@ -44,6 +47,7 @@ class Record:
     manifest_type: str
     config_digest: str
     layers: tuple[str, ...]  # digests of the compressed layers, bottom first
+    signatures: tuple[Signature, ...] = ()  # found when a policy wanted them
     version: int = 1
 
 
@@ -56,6 +60,7 @@ class Images:
         self._records: dict[str, Record] = {}
         self._names: dict[str, str] = {}  # every tag and digest → id
         self._pinned = config.pinned
+        self._trust = Trust(Path(config.signature_policy) if config.signature_policy else None)
         self.snapshots = Snapshots(root)
         options = Options(
             registry_dir=Path(config.registry_dir) if config.registry_dir else None,
@@ -71,6 +76,7 @@ class Images:
 
     def load(self) -> None:
         """Read the store, and repair it: abandoned parts go, records that lost something go."""
+        self._trust.load()
         self.snapshots.load()
         for directory in (self._records_dir, self._documents_dir):
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -156,11 +162,24 @@ class Images:
             parsed = reference.parse(ref)
         except BadReference as error:
             raise InvalidArgument(str(error), field="image.image") from None
+        self._trust.refuse_early(parsed)
+        signatures: list[Signature] = []
         added: list[Image] = []
-        await self.pulls.pull(parsed, credentials, lambda pulled, digest: added.append(self._add(parsed, pulled, digest)))
+
+        async def admit(registry: Registry, digests: tuple[str, str]) -> None:
+            signatures.extend(await self._trust.admit(registry, parsed, digests))
+
+        def done(pulled: Pulled, digest: str) -> None:
+            added.append(self._add(parsed, pulled, digest, signatures))
+
+        await self.pulls.pull(parsed, credentials, admit, done)
         return self._with_pin(added[0])
 
-    def _add(self, parsed: Reference, pulled: Pulled, digest: str) -> Image:
+    def require_trusted(self, image: Image, asked: str) -> None:
+        """Raise SignatureValidationFailed if the policy, as it is now, forbids to run the image, which the client calls ``asked``."""
+        self._trust.check(image, self._records[image.id].signatures if image.id in self._records else (), asked)
+
+    def _add(self, parsed: Reference, pulled: Pulled, digest: str, signatures: Collection[Signature] = ()) -> Image:
         """Record a pulled image under the name it was asked for."""
         document = json.loads(pulled.config)
         known = self._records.get(pulled.id)
@@ -189,7 +208,8 @@ class Images:
             path = self._documents_dir / name.partition(":")[2]
             if not path.exists():
                 files.write(path, body)
-        record = Record(image, pulled.manifest.media_type, config_digest, tuple(layer.digest for layer in pulled.manifest.layers))
+        kept = tuple(dict.fromkeys((*signatures, *(known.signatures if known else ()))))[:_SIGNATURES]
+        record = Record(image, pulled.manifest.media_type, config_digest, tuple(layer.digest for layer in pulled.manifest.layers), kept)
         self._save(record)
         self._put(record)
         return image

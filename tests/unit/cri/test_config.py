@@ -67,7 +67,7 @@ def test_later_layers_win_and_lists_are_replaced(tmp_path: Path) -> None:
         ("[network.cni]\ntimeout = 60", "duration"),
         ("[streaming]\ntls_cert = '/a'", "go together"),
         ("[streaming]\nport = 70000", "65535"),
-        ("[images]\nsignature_policy = '/p'", "not built"),
+        ("[images]\nsignature_policy = 'p'", "absolute path"),
         ("[metrics]\nlisten = 'localhost:1'", "localhost"),
         ("[runtime.handlers.'A b']", "handler name"),
         ("[runtime.handlers.a]\nrlimits = { RLIMIT_FILES = [1, 2] }", "RLIMIT_FILES"),
