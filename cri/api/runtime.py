@@ -23,6 +23,7 @@ from cri.pods import portforward, run
 from cri.pods import remove as remove_pod
 from cri.pods import status as pod_status
 from cri.pods import stop as stop_pod
+from cri.pods import update as update_pod
 from cri.pods.model import Pods
 from cri.stats import containers as container_stats
 from cri.stats import metrics
@@ -96,6 +97,12 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
 
     async def ListPodSandbox(self, request: v1.ListPodSandboxRequest, context: Context) -> v1.ListPodSandboxResponse:
         return list_pods.list_pods(request.filter, pods=self._p.pods)
+
+    async def UpdatePodSandboxResources(
+        self, request: v1.UpdatePodSandboxResourcesRequest, context: Context
+    ) -> v1.UpdatePodSandboxResourcesResponse:
+        update_pod.update(request, pods=self._p.pods)
+        return v1.UpdatePodSandboxResourcesResponse()
 
     async def CreateContainer(self, request: v1.CreateContainerRequest, context: Context) -> v1.CreateContainerResponse:
         p = self._p

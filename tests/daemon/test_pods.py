@@ -265,6 +265,30 @@ def test_statuses_of_containers_come_with_the_pods(daemon: Daemon, busybox: str)
     assert (one.state, one.exit_code) == (v1.CONTAINER_EXITED, 137)
 
 
+def test_resources_of_a_resized_pod_are_recorded(daemon: Daemon) -> None:
+    """The kubelet tells them after every in-place resize, and logs an error each time if the call is not known."""
+
+    def update(pod: str, shares: int) -> None:
+        resources = v1.LinuxContainerResources(cpu_shares=shares, memory_limit_in_bytes=1 << 26)
+        daemon.runtime.UpdatePodSandboxResources(v1.UpdatePodSandboxResourcesRequest(pod_sandbox_id=pod, resources=resources), timeout=10)
+
+    def linux() -> object:
+        config = info(daemon, pod)["config"]
+        assert isinstance(config, dict)
+        return config["linux"]["resources"]
+
+    pod, config = daemon.run_pod(host_network=True)
+    update(pod, 205)
+    assert linux() == {"cpu_shares": "205", "memory_limit_in_bytes": str(1 << 26)}
+    daemon.restart()
+    assert linux() == {"cpu_shares": "205", "memory_limit_in_bytes": str(1 << 26)}
+    stop(daemon, pod)
+    for pod_id, code in ((pod, grpc.StatusCode.FAILED_PRECONDITION), ("nobody", grpc.StatusCode.NOT_FOUND)):
+        with pytest.raises(grpc.RpcError) as caught:
+            update(pod_id, 1)
+        assert caught.value.code() is code
+
+
 def test_stopping_a_pod_ends_what_was_never_started(daemon: Daemon, busybox: str) -> None:
     pod = daemon.run_pod()
     container = daemon.create(pod, busybox, "sleep", "1000")
