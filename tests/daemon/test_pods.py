@@ -277,7 +277,7 @@ def test_resources_of_a_resized_pod_are_recorded(daemon: Daemon) -> None:
         assert isinstance(config, dict)
         return config["linux"]["resources"]
 
-    pod, config = daemon.run_pod(host_network=True)
+    pod, _ = daemon.run_pod(host_network=True)
     update(pod, 205)
     assert linux() == {"cpu_shares": "205", "memory_limit_in_bytes": str(1 << 26)}
     daemon.restart()
