@@ -106,6 +106,10 @@ class ImageNotFound(NotFound):
     """No local image has this reference. RemoveImage does not raise it: removing nothing succeeds."""
 
 
+class AccessDenied(Unknown):
+    """The registry wants other credentials, or has no such repository and does not say so."""
+
+
 class RegistryUnavailable(CriError):
     """The registry could not be reached or answered 5xx; becomes the waiting reason ``RegistryUnavailable`` of the container."""
 

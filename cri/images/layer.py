@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cri.images.hosts import Endpoint
 from cri.images.manifest import Descriptor
-from cri.images.progress import LayerProgress, Phase
+from cri.images.progress import LayerProgress, Phase, Progress
 from cri.images.registry import Attempt, EndpointError, Registry
 from cri.images.snapshots import Snapshots
 from cri.images.unpack import Feed, Limits, Unpacked, Unpacker
@@ -26,6 +26,7 @@ class Layer:
     descriptor: Descriptor
     diff_id: str
     chain_id: str
+    pull: Progress
     progress: LayerProgress
     path: Path | None = None
     unpacked: Unpacked | None = None
@@ -97,6 +98,7 @@ class _Sink:
         self._hash.update(chunk)
         self.offset += len(chunk)
         self._layer.progress.fetched = self.offset
+        self._layer.pull.arrived(self._layer.progress, len(chunk))
         if self._feeding and not await self._feed.write(chunk):
             await self._stopped()
 

@@ -24,6 +24,7 @@ class LayerProgress:
     digest: str
     size: int
     fetched: int = 0
+    received: int = 0  # bytes, also those that had to be fetched again; never less than before
     phase: Phase = Phase.WAITING
 
 
@@ -35,13 +36,23 @@ class Progress:
     phase: Phase = Phase.RESOLVING
     layers: list[LayerProgress] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    first_byte: float = 0.0  # when it came; 0: not yet
+    over: bool = False  # counted as finished
+
+    def arrived(self, layer: LayerProgress, count: int) -> None:
+        """Bytes of a layer."""
+        self.first_byte = self.first_byte or time.monotonic()
+        layer.received += count
 
     def to_json(self) -> dict[str, Any]:
         total = sum(layer.size for layer in self.layers)
         fetched = sum(layer.fetched for layer in self.layers if layer.phase is not Phase.EXISTS)
         wanted = sum(layer.size for layer in self.layers if layer.phase is not Phase.EXISTS)
-        seconds = time.monotonic() - self.started
-        rate = fetched / seconds if seconds > 0 else 0.0
+        now = time.monotonic()
+        seconds = now - self.started
+        # Since the first byte: a pull that waited for its turn is not slow.
+        flowing = now - self.first_byte if self.first_byte else 0.0
+        rate = fetched / flowing if flowing > 0 else 0.0
         return {
             "references": list(self.references),
             "phase": str(self.phase),

@@ -21,6 +21,7 @@ from cri.images.hosts import endpoints
 from cri.images.keyring import Keyring
 from cri.images.layer import Layer, fetch
 from cri.images.manifest import Index, Manifest, Platform
+from cri.images.measures import Measures
 from cri.images.model import config_from_json
 from cri.images.progress import LayerProgress, Phase, Progress
 from cri.images.reference import Reference
@@ -89,6 +90,7 @@ class Pulls:
         self._background: set[asyncio.Task[None]] = set()
         self._flushing, self._flush_waiting = asyncio.Lock(), False
         self.keep: Counter[str] = Counter()
+        self.measures = Measures(self.progress)
 
     def progress(self) -> list[Progress]:
         return [*self._resolving, *(w.progress for w in self._work.values())]
@@ -132,6 +134,7 @@ class Pulls:
     def _begin(self, registry: Registry, document: Document, manifest: Manifest, progress: Progress) -> _Work:
         kept: list[str] = []
         task = asyncio.create_task(self._fetch(registry, document, manifest, progress, kept), name=f"pull {progress.references[0]}")
+        task.add_done_callback(lambda _: self.measures.finished(progress))
         task.add_done_callback(lambda _: self._spawn(registry.close()))
         self._work[document.digest] = _Work(task, progress, kept)
         return self._work[document.digest]
@@ -200,7 +203,7 @@ class Pulls:
         self.keep.update(chains)
         kept.extend(chains)
         layers = [
-            Layer(descriptor, diff, chain, LayerProgress(descriptor.digest, descriptor.size))
+            Layer(descriptor, diff, chain, progress, LayerProgress(descriptor.digest, descriptor.size))
             for descriptor, diff, chain in zip(manifest.layers, diffs, chains, strict=True)
         ]
         for layer in layers:

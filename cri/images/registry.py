@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-from cri.errors import CriError, ImageNotFound, RegistryUnavailable, Unknown
+from cri.errors import AccessDenied, CriError, ImageNotFound, RegistryUnavailable, Unknown
 from cri.images import auth, manifest
 from cri.images.auth import Credentials
 from cri.images.hosts import Endpoint
@@ -216,7 +216,7 @@ class Registry:
         if statuses and statuses <= {404}:
             return ImageNotFound(text)
         if statuses & {401, 403}:
-            return Unknown(f"{text}: pull access denied", hint="check the image name and the pull secret")
+            return AccessDenied(f"{text}: pull access denied", hint="check the image name and the pull secret")
         if statuses and all(s in (0, _BROKEN) or s >= 500 or s == 429 for s in statuses):
             return RegistryUnavailable(text)
         return Unknown(text)

@@ -158,10 +158,14 @@ class Images:
 
     async def pull(self, ref: str, credentials: auth.Credentials = auth.ANONYMOUS) -> Image:
         """Pull an image; two pulls of one image share the work. Always asks the registry: that is the permission to have it."""
-        try:
-            parsed = reference.parse(ref)
-        except BadReference as error:
-            raise InvalidArgument(str(error), field="image.image") from None
+        with self.pulls.measures.pull():
+            try:
+                parsed = reference.parse(ref)
+            except BadReference as error:
+                raise InvalidArgument(str(error), field="image.image") from None
+            return self._with_pin(await self._pull(parsed, credentials))
+
+    async def _pull(self, parsed: Reference, credentials: auth.Credentials) -> Image:
         self._trust.refuse_early(parsed)
         signatures: list[Signature] = []
         added: list[Image] = []
@@ -173,7 +177,7 @@ class Images:
             added.append(self._add(parsed, pulled, digest, signatures))
 
         await self.pulls.pull(parsed, credentials, admit, done)
-        return self._with_pin(added[0])
+        return added[0]
 
     def require_trusted(self, image: Image, asked: str) -> None:
         """Raise SignatureValidationFailed if the policy, as it is now, forbids to run the image, which the client calls ``asked``."""
