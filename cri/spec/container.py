@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cri.errors import InvalidArgument, Unimplemented
-from cri.spec import cgroups, devices, files, mounts, namespaces, process, resources, security, strings
+from cri.spec import cgroups, devices, files, mounts, namespaces, process, resources, seccomp, security, strings
 from cri.spec.inputs import ContainerInputs
 from protos.runtime.v1 import api_pb2 as v1
 from shim.oci import spec as oci
@@ -42,7 +42,9 @@ def build(inputs: ContainerInputs) -> oci.Spec:
             cgroups_path=cgroups.path(inputs.pod.linux.cgroup_parent, inputs.container_id, inputs.host.cgroup_driver),
             resources=resources.build(config.linux.resources, inputs.host, devices=rules),
             rootfs_propagation=mounted.rootfs_propagation,
-            seccomp=security.seccomp(context, capabilities, inputs.host, inputs.handler),
+            seccomp=seccomp.with_notifier(
+                security.seccomp(context, capabilities, inputs.host, inputs.handler), inputs.pod.annotations, inputs.handler.pod_annotations
+            ),
             masked_paths=security.masked_paths(config.linux),
             readonly_paths=security.readonly_paths(config.linux),
         ),

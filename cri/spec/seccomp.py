@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from cri.errors import InvalidArgument
@@ -20,6 +21,32 @@ from shim.oci import spec as oci
 _ARCHES = {"x86_64": ("amd64", "SCMP_ARCH_X86_64"), "aarch64": ("arm64", "SCMP_ARCH_AARCH64")}
 _KERNEL = re.compile(r"([0-9]{1,4})\.([0-9]{1,4})")
 _CONDITIONS = ("caps", "arches", "minKernel")
+
+
+# On the pod, if the handler allows it by ``pod_annotations``: CRI-O's two names, and ours.
+NOTIFIER_ANNOTATIONS = (
+    "io.kubernetes.cri-o.seccompNotifierAction", "seccomp-notifier-action.crio.io", "seccomp.cri-shim.io/notifier-action",
+)  # fmt: skip
+_NOTIFIER_ACTIONS = {"": "log", "log": "log", "stop": "stop"}
+
+
+def with_notifier(
+    profile: oci.Seccomp | None, annotations: Mapping[str, str], allowed: Collection[str], *, field: str = "sandbox_config.annotations"
+) -> oci.Seccomp | None:
+    """The profile with what the pod's annotation asks for: refused calls counted, and perhaps the container stopped for them."""
+    names = [name for name in NOTIFIER_ANNOTATIONS if name in annotations and name in allowed]
+    actions = set()
+    for name in names:
+        if annotations[name] not in _NOTIFIER_ACTIONS:
+            raise InvalidArgument(f"{annotations[name]!r:.40} is neither 'log' nor 'stop'", field=f"{field}[{name!r}]")
+        actions.add(_NOTIFIER_ACTIONS[annotations[name]])
+    if len(actions) > 1:
+        raise InvalidArgument(f"{' and '.join(names)} say different things", field=field)
+    if profile is None or not actions:
+        return profile
+    if profile.listener_path:
+        raise InvalidArgument("the seccomp profile has a listener of its own", field=f"{field}[{names[0]!r}]")
+    return replace(profile, notifier=actions.pop())
 
 
 def parse(text: bytes, *, field: str, caps: Collection[str], arch: str, kernel: tuple[int, int]) -> oci.Seccomp:
@@ -45,6 +72,8 @@ def parse(text: bytes, *, field: str, caps: Collection[str], arch: str, kernel: 
         for i, rule in enumerate(rules)
         if _applies(rule, f"{field}: syscalls[{i}]", caps, arch, kernel)
     ]
+    if "notifier" in document:
+        raise InvalidArgument("the profile's notifier is not a word of the format", field=field)
     plain = {k: v for k, v in document.items() if k not in ("archMap", "syscalls")}
     plain["architectures"] = _architectures(document, field, arch)
     try:

@@ -5,8 +5,9 @@ Everything is 0600 in a directory of 0700: specs carry environments, and environ
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from shim.oci.spec import Spec
 
 T = TypeVar("T")
 
-CONFIG, RECIPE, SANDBOX, EXIT = "config.json", "rootfs.json", "sandbox.json", "exit.json"
+CONFIG, RECIPE, SANDBOX, EXIT, REFUSALS = "config.json", "rootfs.json", "sandbox.json", "exit.json", "seccomp.json"
 STDIN, STDOUT, STDERR = "stdin", "stdout", "stderr"
 
 IMAGE_VOLUME = "mount image volume"  # operation of the Failure of one: the daemon has words for it that the kubelet knows
@@ -57,6 +58,17 @@ class ExitRecord:
     reason: str = ""
     signal: int = 0
     message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusals:
+    """Calls by name that a container's seccomp profile refused it, where somebody counts them; ``stopped`` once it was ended for them."""
+
+    calls: dict[str, int] = field(default_factory=dict)
+    stopped: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} ({count}x)" for name, count in sorted(self.calls.items()))
 
 
 def write(directory: Path, spec: Spec, recipe: Recipe, *, stdin: bool, tty: bool) -> None:
@@ -120,6 +132,27 @@ def read_exit(dirfd: int) -> ExitRecord | None:
     except OSError as e:
         raise Failure.wrap("read bundle", "read", e, EXIT) from None
     return codec.decode(ExitRecord, data)
+
+
+def write_refusals(dirfd: int, refusals: Refusals) -> None:
+    """Replace ``seccomp.json``; the caller sees to it that nobody else does at the same time."""
+    data = json.dumps({"calls": refusals.calls, "stopped": refusals.stopped}, separators=(",", ":")).encode()
+    try:
+        _replace(dirfd, REFUSALS, data)
+    except OSError as e:
+        raise Failure.wrap("write seccomp record", "create", e, REFUSALS) from None
+
+
+def read_refusals(dirfd: int) -> Refusals | None:
+    """What was counted, None where nothing was."""
+    try:
+        data = _read(dirfd, REFUSALS)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise Failure.wrap("read bundle", "read", e, REFUSALS) from None
+    fields = json.loads(data)
+    return Refusals(dict(fields["calls"]), bool(fields["stopped"]))
 
 
 def _load(dirfd: int, name: str, cls: type[T]) -> T:

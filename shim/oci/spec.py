@@ -3,9 +3,9 @@
 Attribute names are the specification's in snake case; ``shim.oci.codec`` maps them to its JSON names. Sequences are tuples and
 maps are plain dicts that nobody mutates. A field that is ``None`` or empty is left out of the JSON.
 
-Three extensions, marked below: ``User.username`` with ``User.groups_policy`` (names are looked up inside the root by the child that
-assembled it), namespace paths of the form ``pod:<type>`` and ``target:<type>`` (the namespace arrives by fd), and mounts of type
-``image`` (what they show is in the recipe beside the specification).
+Extensions, all marked below: ``User.username`` with ``User.groups_policy`` (names are looked up inside the root by the child that
+assembled it), namespace paths of the form ``pod:<type>`` and ``target:<type>`` (the namespace arrives by fd), mounts of type
+``image`` (what they show is in the recipe beside the specification), and ``Seccomp.notifier`` (what the profile refuses is counted by us).
 """
 
 from __future__ import annotations
@@ -285,6 +285,7 @@ class Seccomp:
     flags: tuple[str, ...] = ()
     listener_path: str = ""
     listener_metadata: str = ""
+    notifier: str = ""  # extension: "log" counts the calls that the profile refuses, "stop" ends the container for them as well
     syscalls: tuple[SeccompRule, ...] = ()
 
 

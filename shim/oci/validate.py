@@ -19,6 +19,11 @@ HOSTNAME_MAX = 64  # __NEW_UTS_LEN
 PROPAGATION = frozenset({"private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"})
 RUNTIME_DEFAULT = "RuntimeDefault"  # Seccomp.default_action: the core's own profile, for the container's capabilities
 
+# System calls that a launch makes behind the filter. They cannot be asked about, because the listener is handed over by the execve.
+LAUNCH = frozenset(
+    "execve execveat prctl setresuid setresuid32 setresgid setresgid32 capset clone clone3 fork vfork setsid ioctl exit exit_group".split()
+)
+
 _RLIMIT = re.compile(
     "RLIMIT_(AS|CORE|CPU|DATA|FSIZE|LOCKS|MEMLOCK|MSGQUEUE|NICE|NOFILE|NPROC|RSS|RTPRIO|RTTIME|SIGPENDING|STACK)",
 )
@@ -342,6 +347,9 @@ def _device_rule(rule: DeviceCgroup, at: str) -> None:
 
 def validate_seccomp(seccomp: Seccomp, at: str) -> None:
     """Actions, names and comparisons of a filter; the core's own profile passes."""
+    if seccomp.notifier not in ("", "log", "stop"):
+        _no(f"{at}.notifier", f"{seccomp.notifier!r:.40} is neither log nor stop")
+    _listener(seccomp, at)
     if seccomp.default_action == RUNTIME_DEFAULT:
         return
     for where, action in (("defaultAction", seccomp.default_action), *(("syscalls", r.action) for r in seccomp.syscalls)):
@@ -353,3 +361,21 @@ def validate_seccomp(seccomp: Seccomp, at: str) -> None:
         for j, arg in enumerate(rule.args):
             if not _OPERATOR.fullmatch(arg.op) or not 0 <= arg.index <= 5 or not 0 <= arg.value < 2**64 or not 0 <= arg.value_two < 2**64:
                 _no(f"{at}.syscalls[{i}].args[{j}]", "unknown operator, index above 5 or value outside 64 bits")
+
+
+def _listener(seccomp: Seccomp, at: str) -> None:
+    """Somebody must answer what is asked, and nothing may be asked before he can: a launch would wait for an answer for ever."""
+    asked = [rule for rule in seccomp.syscalls if rule.action == "SCMP_ACT_NOTIFY"]
+    if asked and not seccomp.listener_path:
+        _no(f"{at}.listenerPath", "empty, but the profile has SCMP_ACT_NOTIFY")
+    if seccomp.listener_path:
+        _absolute(f"{at}.listenerPath", seccomp.listener_path)
+        if not asked:
+            _no(f"{at}.listenerPath", "set, but nothing of the profile is SCMP_ACT_NOTIFY")
+        if seccomp.notifier:
+            _no(f"{at}.notifier", "the profile has a listener of its own")
+    elif seccomp.listener_metadata:
+        _no(f"{at}.listenerMetadata", "set without listenerPath")
+    for rule in asked:
+        for name in LAUNCH & set(rule.names):
+            _no(f"{at}.syscalls", f"{name} with SCMP_ACT_NOTIFY: a container is started with it before anybody listens")

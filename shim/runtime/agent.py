@@ -187,9 +187,9 @@ class _Writer:
 
 
 def suits(process: Process, kept: Kept) -> bool:
-    """Whether a session can be planned: no terminal, no name to look up, no user namespace to enter."""
+    """Whether a session can be planned: no terminal, no name to look up, no user namespace to enter, no listener to hand over."""
     plain = not process.terminal and not process.user.username and process.user.groups_policy is None
-    return plain and kept.root is None and not process.apparmor_profile and not process.selinux_label
+    return plain and kept.root is None and not kept.notifies and not process.apparmor_profile and not process.selinux_label
 
 
 def plan(

@@ -25,7 +25,7 @@ from shim.oci.bundle import Recipe
 from shim.oci.spec import NamespaceType, Spec
 from shim.rootfs import ops as rootfs
 from shim.rootfs import plan as rootfs_plan
-from shim.runtime import hooks, inside, kept, launch, namespaces, pins, sysctl
+from shim.runtime import hooks, inside, kept, launch, listener, namespaces, pins, sysctl
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context, PodHandles
 from shim.runtime.final import Final, start_clean
@@ -80,8 +80,11 @@ class Stage1:
 
     def run(self) -> None:
         spec, context = self.spec, self.job.context
-        stdio = None if spec.process.terminal else open_stdio(self.job.bundle, self.job.stdin_once)
         kept_ = kept.compile_filter(spec, context.seccomp_cache)
+        pid_mode = namespaces.pid_mode(spec)
+        if kept_.notifies and pid_mode is not namespaces.PidMode.NEW:
+            listener.go_on_in_child(self.channel)
+        stdio = None if spec.process.terminal else open_stdio(self.job.bundle, self.job.stdin_once)
         self.group = cgroups.create(context.layout, spec.linux.cgroups_path, spec.linux.resources)
         self.channel.note("cgroup", self.group.to_json())  # so that a failure names what there is to remove
         self.oom_fds = oom.watch(self.group)
@@ -95,7 +98,6 @@ class Stage1:
         paths = self.group.paths if self.group.version == 1 else {}
         operations = rootfs_plan.plan(spec, self.recipe, cgroup_version=self.group.version, cgroup_paths=paths)
         prepared = rootfs.prepare(operations, self.recipe, shm_fd=shm, userns_fd=user)
-        pid_mode = namespaces.pid_mode(spec)
         # Last of what needs host paths, so that little of ours is charged to the container. Being born there takes the right to write to
         # the group, which is the host's: not from within a user namespace.
         birthplace = cgroups.open_dir(self.group) if pid_mode is namespaces.PidMode.NEW and user is None else None
@@ -113,7 +115,7 @@ class Stage1:
             return self._build(operations, prepared, stdio, kept_, own_pid=pid_mode is namespaces.PidMode.NEW)
 
         if pid_mode is namespaces.PidMode.NEW:
-            self._fork_init(build, birthplace)
+            self._fork_init(build, birthplace, notifies=kept_.notifies)
         else:
             self._finish_outside(build)
 
@@ -131,12 +133,16 @@ class Stage1:
         libc.setns(self.job.context.host_mntns, libc.CLONE_NEWNS)
         return shm
 
-    def _fork_init(self, build: namespaces.Build, birthplace: int | None) -> None:
+    def _fork_init(self, build: namespaces.Build, birthplace: int | None, *, notifies: bool) -> None:
         """Fork PID 1 of a new PID namespace as the supervisor's child, in the cgroup ``birthplace`` or else in that of this process.
         The kernel tells its pid through the slot."""
         address = self.job.context.slots.address(self.job.slot)
         flags = libc.CLONE_NEWPID | libc.CLONE_PARENT
         pins_ = self.job.context.pins
+        if notifies:  # our descriptors are its own then, and it has closed them when we go on
+            if libc.clone3(flags | listener.SHARED, exit_signal=0, cgroup=birthplace, parent_tid_address=address)[0] == 0:
+                self._init(build)
+            listener.hand_over(self.channel)
         pid, pidfd = libc.clone3(flags, exit_signal=0, pidfd=True, cgroup=birthplace, parent_tid_address=address)
         if pid == 0:
             self._init(build)
@@ -146,7 +152,9 @@ class Stage1:
     @property
     def _pins_itself(self) -> bool:
         """Whether this launch pins its process: not one that is forked after all privileges are gone."""
-        return namespaces.pid_mode(self.spec) is namespaces.PidMode.NEW and self.spec.namespace(NamespaceType.USER) is None
+        seccomp = self.spec.linux.seccomp
+        asks = seccomp is not None and bool(seccomp.listener_path or seccomp.notifier)  # see ``_fork_init``
+        return namespaces.pid_mode(self.spec) is namespaces.PidMode.NEW and self.spec.namespace(NamespaceType.USER) is None and not asks
 
     def _init(self, build: namespaces.Build) -> NoReturn:
         code = 127

@@ -17,7 +17,7 @@ from shim.errors import Failure
 from shim.linux import libc
 from shim.oci import codec
 from shim.oci.spec import ExecCPUAffinity, Process
-from shim.runtime import inside, kept, launch, userns
+from shim.runtime import inside, kept, launch, listener, userns
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 from shim.runtime.final import Final, start_clean
@@ -54,8 +54,10 @@ class Exec:
         if not process.args:
             raise Failure("exec", message="no command", path="process.args")
         start_clean(self.context, process.oom_score_adj)
-        stdio = None if process.terminal else self._stdio()
         container = kept.load(self.bundle)
+        if container.notifies:
+            listener.go_on_in_child(channel)
+        stdio = None if process.terminal else self._stdio()
         affinity = process.exec_cpu_affinity or ExecCPUAffinity()
         inside.set_affinity(affinity.initial)
         if not self.in_cgroup:

@@ -82,9 +82,14 @@ class Final:
         """
         gc.disable()
         last = self.restriction.filter if self.restriction.no_new_privileges else None
+        listened = last is not None and last.notifies
+        if listened:
+            last = None  # its listener has to end up in this process, see ``listener``
         fork = LastFork(self.program.command, terminal=self.terminal, filter_=last, pid_address=pid_address)
         self.restriction.set_groups()
         self.restriction.apply()
+        if listened:
+            self.restriction.install_last()
         try:
             fork.run()
         except LastForkFailed as failed:

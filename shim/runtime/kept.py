@@ -15,7 +15,7 @@ from shim import seccomp
 from shim.errors import Failure
 from shim.oci.spec import Spec
 from shim.runtime import userns
-from shim.seccomp.filter import flags
+from shim.seccomp.filter import NEW_LISTENER, flags
 
 _FILE = "exec.kept"
 # magic, flags of seccomp(2), bytes of BPF, bytes of the home directory, uid and gid of root
@@ -31,6 +31,11 @@ class Kept:
     home: str
     root: tuple[int, int] | None = None  # the host's ids of root in the container; None where it is the host's own
 
+    @property
+    def notifies(self) -> bool:
+        """Whether the filter comes with a listener: see ``shim.runtime.listener``."""
+        return bool(self.flags & NEW_LISTENER)
+
     def filter(self) -> seccomp.Filter | None:
         return seccomp.Filter(self.bpf, self.flags) if self.bpf else None
 
@@ -42,8 +47,6 @@ def compile_filter(spec: Spec, cache: int) -> Kept:
         return Kept(b"", 0, "", userns.root_of(spec.linux))
     capabilities = spec.process.capabilities.bounding if spec.process.capabilities else ()
     bpf, value = seccomp.compile(profile, capabilities, cache), flags(profile)
-    if seccomp.Filter(bpf, value).notifies:
-        raise Failure("seccomp", message="SCMP_ACT_NOTIFY is not built yet", path="linux.seccomp.syscalls")
     return Kept(bpf, value, "", userns.root_of(spec.linux))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 from collections.abc import Collection, Iterator
 
 from shim.errors import Failure
 from shim.linux import path
 from shim.oci.spec import Seccomp, SeccompArg, SeccompRule
-from shim.seccomp import profile, tree
+from shim.oci.validate import LAUNCH
+from shim.seccomp import notify, profile, tree
 from shim.seccomp.filter import Filter, flags
 
 RUNTIME_DEFAULT = "RuntimeDefault"
@@ -76,7 +78,8 @@ def compile(seccomp: Seccomp, caps: Collection[str], cache: int | None = None) -
     key = hashlib.sha256(repr((_FORMAT, os.uname().release, _MACHINE, _RECENT, about, seccomp)).encode()).hexdigest()
     if cache is not None and (found := _load(cache, f"{key}.bpf")) is not None:
         return found
-    bpf = _build(profile.default(caps, _MACHINE) if marker else seccomp)
+    expanded = profile.default(caps, _MACHINE) if marker else seccomp
+    bpf = _build(notify.counted(expanded), counts=True) if seccomp.notifier else _build(expanded)
     if cache is not None:
         path.write_atomic(cache, f"{key}.bpf", _MAGIC + hashlib.sha256(bpf).digest() + bpf, mode=0o600)
     return bpf
@@ -99,7 +102,8 @@ def _load(cache: int, name: str) -> bytes | None:
     return bpf
 
 
-def _build(seccomp: Seccomp) -> bytes:
+def _build(seccomp: Seccomp, *, counts: bool = False) -> bytes:
+    """``counts``: what the profile does not mention and refuses is notified, too."""
     from shim.seccomp import libseccomp  # dlopens nothing yet; most children never come here
 
     default = _action(seccomp.default_action, seccomp.default_errno_ret)
@@ -108,7 +112,7 @@ def _build(seccomp: Seccomp) -> bytes:
     tokens = _architectures(seccomp.architectures)
     rules = [(rule, action) for rule in seccomp.syscalls if (action := _action(rule.action, rule.errno_ret)) != default]
     plain = _plain(rules)
-    names = {name for rule in seccomp.syscalls for name in rule.names}
+    names = {name for rule in seccomp.syscalls for name in rule.names} | (LAUNCH if counts else set())
     numbers = {token: {name: _number(token, name) for name in names} for token in tokens}
     # What one architecture multiplexes (socketcall and ipc on x86 and arm) has a pseudo-number there that only libseccomp can expand.
     ours = {name for name in plain if all(number not in _MULTIPLEXED for number in (numbers[token][name] for token in tokens))}
@@ -123,7 +127,8 @@ def _build(seccomp: Seccomp) -> bytes:
                         converted = [libseccomp.Comparison(arg.index, _OPERATORS[arg.op], arg.value, arg.value_two) for arg in comparisons]
                         builder.rule(name, number, action, converted)
         rest = builder.export()
-    heads = _heads(tokens, numbers, {name: plain[name] for name in ours}, enosys=_wants_enosys(seccomp))
+    rest_of_it = _ACTIONS["SCMP_ACT_NOTIFY"] if counts and notify.refuses(seccomp.default_action, seccomp.default_errno_ret) else None
+    heads = _heads(tokens, numbers, {name: plain[name] for name in ours}, enosys=_wants_enosys(seccomp), unmentioned=rest_of_it)
     return b"".join(heads) + rest
 
 
@@ -149,7 +154,10 @@ def _number(token: int, name: str) -> int:
     return _RECENT_HERE.get(token, _RECENT).get(name, number) if number == libseccomp.UNKNOWN else number
 
 
-def _heads(tokens: list[int], numbers: dict[int, dict[str, int]], plain: dict[str, int], *, enosys: bool) -> Iterator[bytes]:
+def _heads(
+    tokens: list[int], numbers: dict[int, dict[str, int]], plain: dict[str, int], *, enosys: bool, unmentioned: int | None
+) -> Iterator[bytes]:
+    """``unmentioned`` is the verdict on numbers between those of the profile; None leaves them to what follows."""
     refusal = _ACTIONS["SCMP_ACT_ERRNO"] | errno.ENOSYS
     for token in tokens:
         if token == _X32:
@@ -162,9 +170,18 @@ def _heads(tokens: list[int], numbers: dict[int, dict[str, int]], plain: dict[st
         for each, first, last in sets:
             known = {name: number for name, number in numbers.get(each, {}).items() if first <= number <= last}
             verdicts |= {number: plain[name] for name, number in known.items() if name in plain}
+            if unmentioned is not None and known:
+                regions += [(start, end, unmentioned) for start, end in _gaps(sorted(known.values()))]
             if enosys:
                 regions.append((max(known.values(), default=first - 1) + 1, last, refusal))
         yield tree.program(token, tree.segments(verdicts, regions))
+
+
+def _gaps(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of what lies between sorted numbers."""
+    for before, after in itertools.pairwise(numbers):
+        if after - before > 1:
+            yield before + 1, after - 1
 
 
 def _wants_enosys(seccomp: Seccomp) -> bool:

@@ -61,7 +61,7 @@ def flags(seccomp: Seccomp) -> int:
         value |= _FLAGS[name]
     if not seccomp.flags:
         value = SPEC_ALLOW
-    if any(rule.action == "SCMP_ACT_NOTIFY" for rule in seccomp.syscalls):
+    if seccomp.notifier or any(rule.action == "SCMP_ACT_NOTIFY" for rule in seccomp.syscalls):
         # TSYNC reports a thread id where NEW_LISTENER reports an fd. There is one thread here, so nothing is lost without it.
         return value & ~TSYNC | NEW_LISTENER
     if value & WAIT_KILLABLE:

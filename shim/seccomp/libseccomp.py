@@ -45,6 +45,7 @@ def _library() -> Any:
         "seccomp_attr_set": (ctypes.c_int, (context, ctypes.c_int, u32)),
         "seccomp_syscall_resolve_name_arch": (ctypes.c_int, (u32, text)),
         "seccomp_syscall_resolve_name": (ctypes.c_int, (text,)),
+        "seccomp_syscall_resolve_num_arch": (ctypes.c_void_p, (u32, ctypes.c_int)),
         "seccomp_rule_add_array": (ctypes.c_int, (context, u32, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(Comparison))),
         "seccomp_export_bpf": (ctypes.c_int, (context, ctypes.c_int)),
     }
@@ -68,6 +69,13 @@ def resolve(name: str) -> int:
 def resolve_for(architecture: int, name: str) -> int:
     """The same for one of libseccomp's architecture tokens."""
     return int(_library().seccomp_syscall_resolve_name_arch(architecture, name.encode()))
+
+
+def name(architecture: int, number: int) -> str:
+    """The name of a system call, empty for a number that has none. The few bytes that the library allocates for it are not freed: ask
+    once for each."""
+    found = _library().seccomp_syscall_resolve_num_arch(architecture, number)
+    return ctypes.string_at(found).decode() if found else ""
 
 
 class Builder:

@@ -9,6 +9,7 @@ import signal
 import struct
 import termios
 import time
+from collections.abc import Callable
 from typing import Any
 
 from shim import cgroups
@@ -18,7 +19,7 @@ from shim.linux import process as processes
 from shim.oci.bundle import ExitRecord
 from shim.runtime import create as creating
 from shim.runtime import hooks, jobs, pins
-from shim.supervisor import exits, leftovers
+from shim.supervisor import exits, leftovers, listening
 from shim.supervisor.children import Failed, Process
 from shim.supervisor.logs import Logs
 from shim.supervisor.loop import OOM
@@ -195,7 +196,7 @@ async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     container.starting = core.loop.future()
     try:
         job.send({"start": True})
-        message = await job.message()
+        message, listener = await listening.launched(job)
         job.close()
         container.job = None
         forked = None
@@ -206,6 +207,8 @@ async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
         container.process = container.process or forked
         if forked is not None:
             container.starttime = processes.starttime(forked.pid)
+        if listener is not None:
+            await _listen(core, container, listener, lambda: exits.watch(core, logs, container) if forked else None)
         container.started_at = time.time_ns()
         save(core, container.bundle, container)
     finally:
@@ -217,6 +220,19 @@ async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     if "poststart" in container.hooks:
         core.loop.start(_poststart(core, container))
     return {"pid": container.pid, "starttime": container.starttime, "started_at": container.started_at}
+
+
+async def _listen(core: Core, container: Container, listener: int, watch: Callable[[], None]) -> None:
+    """A container whose profile asks and whose questions nobody would answer is ended; ``watch`` sees to its exit."""
+    process = container.process
+    assert process is not None
+    try:
+        await listening.attach(core, container, process, listener, "creating")
+    except Failure as failure:
+        container.start_error = failure
+        process.signal(signal.SIGKILL)
+        watch()
+        raise
 
 
 async def _start_failed(core: Core, logs: Logs, container: Container, body: dict[str, Any], forked: Process | None) -> None:
@@ -302,6 +318,8 @@ async def _end(core: Core, logs: Logs, container: Container) -> None:
         job = container.job
         job.process.signal(signal.SIGKILL)
         await core.loop.within(job.process.ended, _DEATH)
+        if container.group is not None:
+            await core.children.call(jobs.KillAll(container.group), "delete container")  # see ``shim.runtime.listener.go_on_in_child``
         if container.slot is not None:
             core.children.release_slot(container.slot)
             container.slot = None

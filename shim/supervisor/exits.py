@@ -22,6 +22,7 @@ from shim.supervisor.table import Container, Core
 DRAIN = 2.0  # s for the rest of the output to reach the log
 _CODE = 2.0  # s for whoever became the parent to reap an adopted process
 _UNKNOWN = 255
+SECCOMP_KILLED = "seccomp killed"  # reason, as CRI-O has it
 
 
 def watch(core: Core, logs: Logs, container: Container) -> None:
@@ -52,6 +53,8 @@ async def _exited(core: Core, logs: Logs, container: Container, process: Process
         ended, reason, message = Ended(_UNKNOWN), "Unknown", "the exit code went to a process that is gone"
     if container.start_error is not None:
         ended, reason, message = Ended(128), "StartError", str(container.start_error)
+    if not reason and (refusals := _refusals(core, container)):
+        reason, message = SECCOMP_KILLED, refusals
     count_oom(core, container)
     if not container.own_pids and container.group is not None:
         try:  # what it had started goes with it, as in a PID namespace of its own
@@ -60,6 +63,16 @@ async def _exited(core: Core, logs: Logs, container: Container, process: Process
             core.log(f"container {container.id}: {failure}")
     oom_killed = container.oom_kills > 0
     await record(core, logs, container, ExitRecord(ended.code, finished, oom_killed, reason, ended.signal, message))
+
+
+def _refusals(core: Core, container: Container) -> str:
+    """What a container was ended for by ``shim.runtime.notifier``, if it was."""
+    try:
+        refusals = bundles.read_refusals(container.bundle)
+    except (Failure, ValueError) as error:
+        core.log(f"container {container.id}: {error}")
+        return ""
+    return f"Used forbidden syscalls: {refusals}" if refusals is not None and refusals.stopped else ""
 
 
 def count_oom(core: Core, container: Container) -> None:

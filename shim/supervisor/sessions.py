@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from typing import Any
 
 from shim import cgroups, wire
 from shim.errors import Failure
 from shim.runtime import agent, jobs
 from shim.runtime.exec import Exec
-from shim.supervisor import exits
+from shim.supervisor import exits, listening
 from shim.supervisor.agents import Launch
 from shim.supervisor.children import Job, Process
 from shim.supervisor.containers import set_size
@@ -94,12 +95,14 @@ async def _by_fork(
     try:
         job = _fork(core, container, group, init, given, slot)
         _, fds = await job.answer()
-        message = await job.message()
+        message, listener = await listening.launched(job)
         forked = core.children.adopt_slot(slot)
         slot = -1
         if message is not None or forked is None:
             await _failed(core, message.body if message else {}, forked)
         assert forked is not None
+        if listener is not None:
+            await _listen(core, container, forked, listener)
     except BaseException:
         exits.close_all(list(fds.values()))
         raise
@@ -126,6 +129,17 @@ def _fork(core: Core, container: Container, group: cgroups.Group, init: Process,
             if failure.errno not in (errno.EBUSY, errno.EOPNOTSUPP):  # a container that made domains of its own below
                 raise
     return core.children.run(order(born=False), "exec")
+
+
+async def _listen(core: Core, container: Container, forked: Process, listener: int) -> None:
+    """A process whose profile asks and whose questions nobody would answer is ended."""
+    try:
+        await listening.attach(core, container, forked, listener, "running")
+    except Failure:
+        forked.signal(signal.SIGKILL)
+        await core.loop.within(forked.ended, 2.0)
+        forked.close()
+        raise
 
 
 async def _failed(core: Core, body: dict[str, Any], forked: Process | None) -> None:
