@@ -64,7 +64,7 @@ async def _serve(config: Config, link: client.Link) -> None:
     stop = asyncio.Event()
     _signals(stop)
     async with _parts(config, link) as (parts, recovery):
-        edge = _edge(config, parts.images)
+        edge = _edge(config, parts)
         services = v1.DESCRIPTOR.services_by_name
         table = {
             **edge.handlers(RuntimeService(parts), services["RuntimeService"]),
@@ -154,12 +154,13 @@ def _network(config: Config, layout: Layout) -> Network:
     return CniNetwork(layout.root / "network", config.network.cni)
 
 
-def _edge(config: Config, images: Images) -> Edge:
+def _edge(config: Config, parts: Parts) -> Edge:
     observe: Observer | None = None
     if config.metrics.listen:
         from cri import metrics
+        from cri.stats.refusals import RefusalMetrics
 
-        observe = metrics.listen(config.metrics.listen, images.pulls.measures)
+        observe = metrics.listen(config.metrics.listen, parts.images.pulls.measures, [RefusalMetrics(parts.containers)])
     return Edge(config.log.format, config.log.level, polls=config.log.polls, observe=observe)
 
 

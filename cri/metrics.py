@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, start_http_server
@@ -18,11 +18,13 @@ from cri.images.measures import Measures
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
-def listen(address: str, pulls: Measures) -> Observer:
+def listen(address: str, pulls: Measures, collectors: Iterable[Collector] = ()) -> Observer:
     """Serves /metrics on ``host:port`` from a thread of its own; returns what to call after each RPC. Raises OSError."""
     registry = CollectorRegistry()
     registry.register(Pulls(pulls))
     ProcessCollector(registry=registry)
+    for collector in collectors:
+        registry.register(collector)
     durations = Histogram(
         "cri_shim_rpc_duration_seconds", "time an RPC took, by method and gRPC code", ("method", "code"), buckets=BUCKETS, registry=registry
     )

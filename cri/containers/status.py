@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from cri.containers import refusals
 from cri.containers.model import STATE_NAMES, Container, Containers
 from cri.errors import FailedPrecondition
 from cri.spec import strings
@@ -86,6 +87,7 @@ def _info(container: Container, containers: Containers) -> dict[str, Any]:
     """What crictl inspect and scripts written for containerd look for."""
     facts = container.facts
     directory = containers.layout.bundle(container.id)
+    counted = refusals.read(containers.layout, container.id)
     return {
         "sandboxID": container.pod.id,
         "pid": facts.pid if not facts.finished_at else 0,
@@ -98,6 +100,7 @@ def _info(container: Container, containers: Containers) -> dict[str, Any]:
         "cgroupsPath": facts.cgroups_path,
         "stagesMicroseconds": facts.stages,
         "config": json.loads(bytes(container.config_json)),
+        "seccompRefused": counted.calls if counted is not None else {},
         "runtimeSpec": _spec(directory / bundle.CONFIG),
     }
 

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from shim import seccomp
 from shim.errors import Failure
 from shim.oci.spec import Seccomp, SeccompArg, SeccompRule
+from shim.oci.validate import LAUNCH
 from shim.seccomp import filter as filters
 from shim.seccomp import libseccomp, profile, tree
 from shim.seccomp.compile import _ACTIONS, _OPERATORS, _TOKENS, _comparisons
@@ -215,3 +217,17 @@ def test_the_search_finds_every_verdict(numbers: dict[int, int], regions: tuple[
             expected = next((value for first, last, value in regions if first <= nr <= last), 0x1234)
         assert verdict(bpf, nr) == expected
     assert verdict(bpf, 1, arch=I386) == 0x1234
+
+
+def test_counting_asks_about_every_refusal_but_those_of_a_launch() -> None:
+    plain, asking = seccomp.compile(MARKER, ()), seccomp.compile(replace(MARKER, notifier="log"), ())
+    notify = 0x7FC00000
+    launch = {libseccomp.resolve(name) for name in LAUNCH}
+    highest = max(nr for nr in range(500) if verdict(plain, nr, 0xFFFFFFFF) == ALLOW)
+    for nr in range(500):
+        before, after = verdict(plain, nr), verdict(asking, nr)
+        wanted = notify if before == EPERM and nr not in launch and nr <= highest else before
+        assert after == wanted or (nr > highest and after in (before, notify)), nr
+    assert verdict(asking, 41, 38, 5) == EPERM, "calls that are refused for their arguments are not asked about"
+    assert verdict(asking, 161) == verdict(asking, 155) == notify, "chroot and pivot_root"
+    assert filters.flags(replace(MARKER, notifier="log")) & filters.NEW_LISTENER

@@ -157,3 +157,43 @@ json_values = st.recursive(
 def test_any_json_is_a_profile_or_a_refusal(document: Any) -> None:
     with contextlib.suppress(InvalidArgument):
         parse(document)
+
+
+def test_notifier_annotation() -> None:
+    default = Seccomp("RuntimeDefault")
+    crio, newer, ours = seccomp.NOTIFIER_ANNOTATIONS
+
+    def notifier(annotations: dict[str, str], allowed: tuple[str, ...] = (crio, newer, ours)) -> str:
+        found = seccomp.with_notifier(default, annotations, allowed)
+        assert found is not None
+        return found.notifier
+
+    assert notifier({}) == ""
+    assert notifier({crio: "stop"}, allowed=()) == "", "exact names of the handler only"
+    assert notifier({crio: "stop"}, allowed=(crio.lower(), crio + ".x")) == ""
+    assert [notifier({name: "stop"}) for name in (crio, newer, ours)] == ["stop"] * 3
+    assert notifier({crio: ""}) == notifier({crio: "log"}) == notifier({crio: "log", ours: ""}) == "log"
+    assert seccomp.with_notifier(None, {crio: "stop"}, (crio,)) is None, "an unconfined container has nothing to count"
+    for wrong in ({crio: "Stop"}, {crio: "stop", ours: "log"}):
+        with pytest.raises(InvalidArgument, match="sandbox_config.annotations"):
+            notifier(wrong)
+    asking = Seccomp("SCMP_ACT_ALLOW", listener_path="/a", syscalls=(SeccompRule(("mkdir",), "SCMP_ACT_NOTIFY"),))
+    with pytest.raises(InvalidArgument, match="listener of its own"):
+        seccomp.with_notifier(asking, {crio: "log"}, (crio,))
+
+
+@pytest.mark.parametrize(
+    ("document", "complaint"),
+    [
+        ({"syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}]}, "listenerPath"),
+        ({"listenerPath": "a", "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}]}, "not an absolute path"),
+        ({"listenerPath": "/a", "syscalls": [{"names": ["execve"], "action": "SCMP_ACT_NOTIFY"}]}, "execve"),
+        ({"listenerPath": "/a"}, "nothing of the profile"),
+        ({"listenerMetadata": "a"}, "without listenerPath"),
+        ({"notifier": "log"}, "not a word"),
+    ],
+)
+def test_listeners_that_could_not_work(document: dict[str, Any], complaint: str) -> None:
+    text = json.dumps({"defaultAction": "SCMP_ACT_ALLOW"} | document).encode()
+    with pytest.raises(InvalidArgument, match=complaint):
+        seccomp.parse(text, field="f", caps=(), arch="x86_64", kernel=(6, 1))
