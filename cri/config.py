@@ -175,10 +175,15 @@ class Handler(Section, frozen=True):
 
 
 class Runtime(Section, frozen=True):
+    #: Devices by name, described in files below ``cdi_spec_dirs`` (Container Device Interface); later directories win.
+    enable_cdi: bool = True
+    cdi_spec_dirs: tuple[str, ...] = ("/etc/cdi", "/var/run/cdi")
     #: RuntimeClass handler name to settings; "" is the default handler and always exists.
     handlers: dict[str, Handler] = {}
 
     def __post_init__(self) -> None:
+        for path in self.cdi_spec_dirs:
+            _absolute(path)
         for name in self.handlers:
             if not _HANDLER_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is not a runtime handler name (lower-case letters, digits, '-' and '.')")

@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 
 from cri import __version__
+from cri.cdi.registry import Registry as CdiRegistry
 from cri.config import Config
 from cri.errors import InvalidArgument
 from cri.network.base import Network
@@ -30,6 +31,7 @@ class Node:
     config: Config
     host: HostFacts
     handlers: Mapping[str, HandlerConfig]  # by name; "" is the default and always there
+    cdi: CdiRegistry | None  # None: switched off
 
     @classmethod
     def of(cls, config: Config, host: HostFacts) -> Node:
@@ -38,7 +40,8 @@ class Node:
             settings = msgspec.structs.asdict(handler)
             settings["rlimits"] = tuple(Rlimit(kind, soft, hard) for kind, (soft, hard) in handler.rlimits.items())
             handlers[name] = HandlerConfig(**settings)
-        return cls(config, host, handlers)
+        cdi = CdiRegistry(config.runtime.cdi_spec_dirs) if config.runtime.enable_cdi else None
+        return cls(config, host, handlers, cdi)
 
 
 def version() -> v1.VersionResponse:

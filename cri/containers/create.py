@@ -7,7 +7,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cri.containers import hostpaths, image_volumes, logs
+from cri.cdi.model import Edits
+from cri.containers import cdi, hostpaths, image_volumes, logs
 from cri.containers.model import Container, Containers, container_name
 from cri.errors import AlreadyExists, FailedPrecondition, ImageNotFound, InvalidArgument
 from cri.images.model import Image
@@ -93,6 +94,7 @@ class _Maker:
             log_path=logs.container_log_path(pod.config, config),
         )
         target = self._target()
+        edits = await cdi.edits(config, self.node)
         shown = image_volumes.find(config, self.images)
         facts.image_volumes = {one.destination: one.image.id for one in shown}
 
@@ -109,7 +111,7 @@ class _Maker:
 
         operation.enter("bundle")
         directory = self.containers.layout.bundle(container_id)
-        spec = self._spec(container_id, image, volumes, facts.image_volumes)
+        spec = self._spec(container_id, image, volumes, facts.image_volumes, edits)
         facts.stop_signal = stop_signal(config, image.config)
         facts.cgroups_path = spec.linux.cgroups_path
         undo.push("remove bundle", partial(remove_directory, directory))
@@ -182,7 +184,9 @@ class _Maker:
             made[path] = str(directory)
         return made
 
-    def _spec(self, container_id: str, image: Image, volumes: dict[str, str], image_mounts: dict[str, str]) -> Spec:
+    def _spec(
+        self, container_id: str, image: Image, volumes: dict[str, str], image_mounts: dict[str, str], edits: tuple[Edits, ...]
+    ) -> Spec:
         directory = self.containers.layout.pod(self.pod.id)
         return spec_container.build(
             ContainerInputs(
@@ -196,6 +200,7 @@ class _Maker:
                 image=image.config,
                 volumes=volumes,
                 image_mounts=image_mounts,
+                cdi=edits,
                 host=self.node.host,
                 # A handler that has left the configuration since the pod began: its containers get the defaults.
                 handler=self.node.handlers.get(self.pod.facts.runtime_handler, self.node.handlers[""]),

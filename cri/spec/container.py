@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cri.errors import InvalidArgument, Unimplemented
-from cri.spec import cgroups, devices, files, mounts, namespaces, process, resources, seccomp, security, strings
+from cri.errors import InvalidArgument
+from cri.spec import cdi, cgroups, devices, files, mounts, namespaces, process, resources, seccomp, security, strings
 from cri.spec.inputs import ContainerInputs
 from protos.runtime.v1 import api_pb2 as v1
 from shim.oci import spec as oci
@@ -21,7 +21,7 @@ def build(inputs: ContainerInputs) -> oci.Spec:
     nodes, rules = devices.build(config, inputs.host, inputs.handler)
     mounted = mounts.build(inputs)
     users = namespaces.user_mappings(pod_options)
-    return oci.Spec(
+    spec = oci.Spec(
         oci_version=OCI_VERSION,
         root=oci.Root("rootfs", readonly=context.readonly_rootfs),
         process=_process(inputs, capabilities),
@@ -49,14 +49,13 @@ def build(inputs: ContainerInputs) -> oci.Spec:
             readonly_paths=security.readonly_paths(config.linux),
         ),
     )
+    return cdi.apply(spec, inputs.cdi, inputs.host)
 
 
 def _check(config: v1.ContainerConfig, pod: v1.PodSandboxConfig) -> None:
     """What concerns the whole request."""
     if config.linux.security_context.privileged and not pod.linux.security_context.privileged:
         raise InvalidArgument("set, but the sandbox is not privileged", field="config.linux.security_context.privileged")
-    if config.CDI_devices:
-        raise Unimplemented("config.CDI_devices: CDI devices are not built yet")
 
 
 def _process(inputs: ContainerInputs, capabilities: oci.Capabilities) -> oci.Process:

@@ -37,6 +37,7 @@ def detect(*, cgroup_version: int, cgroup_driver: str, controllers: frozenset[st
         apparmor=_first_byte("/sys/module/apparmor/parameters/enabled") == b"Y",
         selinux=os.path.exists("/sys/fs/selinux/enforce"),
         recursive_read_only=True,  # mount_setattr: 5.12, below the floor
+        resctrl=os.path.exists("/sys/fs/resctrl/schemata"),
         ipv6=os.path.exists("/proc/sys/net/ipv6/conf/default/accept_ra"),
         read=read_file,
         devices=devices,

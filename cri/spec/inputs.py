@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from cri.cdi.model import Edits
 from cri.images.model import ImageConfig
 from protos.runtime.v1 import api_pb2 as v1
 from shim.linux.caps import NAMES
@@ -42,6 +43,7 @@ class HostFacts:
     apparmor: bool = False
     selinux: bool = False
     recursive_read_only: bool = True  # mount_setattr(AT_RECURSIVE)
+    resctrl: bool = False  # Intel RDT's file system is mounted
     ipv6: bool = False  # network namespaces have it, even where it is disabled on the interfaces
     no_user_namespaces: str = ""  # why pods cannot have one; empty: they can
     read: Callable[[str], bytes] = _no_file  # a regular file of bounded size
@@ -89,3 +91,4 @@ class ContainerInputs:
     image_name: str = ""  # for the annotation; else what the request says
     volumes: Mapping[str, str] = field(default_factory=dict)  # VOLUME of the image to a directory of ours
     image_mounts: Mapping[str, str] = field(default_factory=dict)  # destination of an image volume to the image's id
+    cdi: tuple[Edits, ...] = ()  # of the request's CDI devices

@@ -209,11 +209,6 @@ def test_image_name_annotation(build: Build) -> None:
     assert build({"image": image}, image_name="docker.io/library/busybox:1").annotations[name] == "docker.io/library/busybox:1"
 
 
-def test_not_built_yet_is_said(build: Build) -> None:
-    with pytest.raises(Unimplemented, match=r"^config\.CDI_devices"):
-        build({"CDI_devices": [v1.CDIDevice(name="vendor.com/gpu=0")]})
-
-
 def test_user_namespace_of_the_pod(build: Build) -> None:
     users = v1.UserNamespace(uids=[v1.IDMapping(host_id=200000, length=65536)], gids=[v1.IDMapping(host_id=200000, length=65536)])
     ids = (IDMapping(0, 200000, 65536),)
