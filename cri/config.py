@@ -64,11 +64,13 @@ class Log(Section, frozen=True):
 
 class Cgroup(Section, frozen=True):
     driver: Literal["auto", "cgroupfs", "systemd"] = "auto"
-    #: Where supervisor, stdio and helpers live; outside of every pod's cgroup, so that a pod's OOM never takes them.
-    runtime_cgroup: str = "/cri-shim"
+    #: Where supervisor, stdio and helpers live; outside of every pod's cgroup, so that a pod's OOM never takes them. A path (cgroupfs, by
+    #: default /cri-shim), or the slice of their scope (systemd, by default system.slice).
+    runtime_cgroup: str = ""
 
     def __post_init__(self) -> None:
-        _absolute(self.runtime_cgroup)
+        if self.runtime_cgroup and not self.runtime_cgroup.endswith(".slice"):
+            _absolute(self.runtime_cgroup)
 
 
 class Cni(Section, frozen=True):

@@ -23,11 +23,11 @@ from cri.api import server
 from cri.api.image import ImageService
 from cri.api.interceptor import Edge, Observer
 from cri.api.runtime import Parts, RuntimeService
+from cri.cgroups import Driver, accounts_swap
 from cri.config import Config
 from cri.containers.exits import Exits
 from cri.containers.model import Containers
 from cri.dump import dump
-from cri.errors import StartError
 from cri.events import Events
 from cri.images.store import Images
 from cri.network.base import Network
@@ -51,19 +51,19 @@ GRACE = 3.0
 log = logging.getLogger("cri.daemon")
 
 
-def main(config: Config, link: client.Link) -> int:
+def main(config: Config, driver: Driver, link: client.Link) -> int:
     """Runs until SIGTERM or SIGINT. Containers, supervisor and stdio go on."""
     if sys.version_info < (3, 12):
         # Waits for CNI plugins and unpack helpers without a thread each; later Pythons do so by themselves.
         asyncio.set_child_watcher(asyncio.PidfdChildWatcher())
-    asyncio.run(_serve(config, link))
+    asyncio.run(_serve(config, driver, link))
     return 0
 
 
-async def _serve(config: Config, link: client.Link) -> None:
+async def _serve(config: Config, driver: Driver, link: client.Link) -> None:
     stop = asyncio.Event()
     _signals(stop)
-    async with _parts(config, link) as (parts, recovery):
+    async with _parts(config, driver, link) as (parts, recovery):
         edge = _edge(config, parts)
         services = v1.DESCRIPTOR.services_by_name
         table = {
@@ -90,13 +90,13 @@ async def _serve(config: Config, link: client.Link) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _parts(config: Config, link: client.Link) -> AsyncIterator[tuple[Parts, Recovery]]:
+async def _parts(config: Config, driver: Driver, link: client.Link) -> AsyncIterator[tuple[Parts, Recovery]]:
     """Everything that verbs collaborate with; closed in reverse."""
     async with contextlib.AsyncExitStack() as stack:
         layout = Layout(Path(config.root), Path(config.state))
         layout.prepare()
         supervisor = await Supervisor.start(
-            layout.state, python=startup.interpreter(), runtime_cgroup=config.cgroup.runtime_cgroup, link=link
+            layout.state, python=startup.interpreter(), runtime_cgroup=driver.runtime, link=link
         )
         stack.callback(supervisor.close)
         images = Images(layout.root / "images", config.images)
@@ -113,7 +113,7 @@ async def _parts(config: Config, link: client.Link) -> AsyncIterator[tuple[Parts
         no_users = await supervisor.probe_user_namespaces(layout.root / "userns-probe")
         if no_users:
             log.info("pods cannot have user namespaces: %s", no_users)
-        facts = replace(_host(config), no_user_namespaces=no_users)
+        facts = replace(_host(driver), no_user_namespaces=no_users)
         meters = Meters(cgroups.detect(), Layers(images.usage, str(images.root)))
         stack.callback(meters.close)
         pods.watchers += events.changed, meters.changed
@@ -132,16 +132,10 @@ def _end_streams(streaming: StreamingServer, pod: Pod, event: v1.ContainerEventT
         streaming.end(pod.id)
 
 
-def _host(config: Config) -> HostFacts:
+def _host(driver: Driver) -> HostFacts:
     layout = cgroups.detect()
-    if config.cgroup.driver == "systemd":
-        raise StartError('cgroup.driver: "systemd" is not built in this version; use "cgroupfs", in the kubelet too')
-    if layout.version == 1:
-        swap = Path(layout.controllers.get("memory", "/nonexistent"), "memory.memsw.limit_in_bytes").exists()
-    else:
-        # The root group has no such file; the supervisor's own group is there by now.
-        swap = Path(layout.root + config.cgroup.runtime_cgroup, "memory.swap.max").exists()
-    return host.detect(cgroup_version=layout.version, cgroup_driver="cgroupfs", controllers=frozenset(layout.controllers), swap=swap)
+    controllers, swap = frozenset(layout.controllers), accounts_swap(layout, driver)
+    return host.detect(cgroup_version=layout.version, cgroup_driver=driver.name, controllers=controllers, swap=swap)
 
 
 def _network(config: Config, layout: Layout) -> Network:

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cri import log
+from cri import cgroups, log
 from cri.config import Config
 from cri.errors import StartError
 
@@ -90,12 +90,13 @@ def serve(config: Config) -> int:
     directories(config)
     held = lock(config)
     log.setup(config.log.level, config.log.format)
-    link = client.ensure(Path(config.state), interpreter(), runtime_cgroup=config.cgroup.runtime_cgroup)
+    driver = cgroups.choose(config)
+    link = client.ensure(Path(config.state), interpreter(), runtime_cgroup=driver.runtime)
     # Only now: shim.client gives containers the limit that it found.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     from cri import daemon
 
-    code = daemon.main(config, link)
+    code = daemon.main(config, driver, link)
     del held
     return code

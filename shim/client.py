@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from shim import wire
+from shim.cgroups.names import is_scope
 from shim.errors import Failure
 from shim.linux import libc, mount, process
 
@@ -55,12 +57,12 @@ class Link:
 
 def ensure(state: Path, python: Path, *, runtime_cgroup: str = "") -> Link:
     """A link to the supervisor of ``state``, which must exist. Makes this process a subreaper, so that it becomes the parent of
-    containers whose supervisor dies. Raises Failure."""
+    containers whose supervisor dies. ``runtime_cgroup`` of the form ``slice:prefix:name`` has it use the systemd driver. Raises Failure."""
     process.set_subreaper()
     link = _connect(state)
     if link is None:
         return _spawn(state, python, runtime_cgroup)
-    if link.hello.get("build") == build():
+    if link.hello.get("build") == _build(runtime_cgroup):
         return link
     return _upgraded(link, state, python, runtime_cgroup)
 
@@ -71,6 +73,17 @@ def build() -> str:
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _build(runtime_cgroup: str) -> str:
+    """The version with the cgroup driver in it: a supervisor that was started for another driver is upgraded like an old one."""
+    return f"{build()}-systemd" if is_scope(runtime_cgroup) else build()
+
+
+def _systemd_library() -> str:
+    """The directory with the package that the systemd driver takes; empty without it."""
+    found = importlib.util.find_spec("jeepney")
+    return str(Path(found.origin).parent.parent) if found is not None and found.origin else ""
 
 
 def _upgraded(link: Link, state: Path, python: Path, runtime_cgroup: str) -> Link:
@@ -223,7 +236,9 @@ def _spawn(state: Path, python: Path, runtime_cgroup: str) -> Link:
 
 def _arguments(state: Path, python: Path, runtime_cgroup: str, sock: int) -> list[str]:
     """The command of a supervisor. The real path as argv[0] lets the interpreter find its prefix, in a virtual environment too."""
-    settings = {"state": str(state), "runtime_cgroup": runtime_cgroup, "socket": sock, "files": FILES, "build": build()}
+    settings = {"state": str(state), "runtime_cgroup": runtime_cgroup, "socket": sock, "files": FILES, "build": _build(runtime_cgroup)}
+    if library := _systemd_library():
+        settings["systemd"] = library
     package = str(Path(__file__).resolve().parent.parent)
     return [str(python), "-I", "-S", "-X", "utf8", "-c", _ENTRY, json.dumps(settings), package]
 

@@ -6,10 +6,9 @@ import posixpath
 
 from cri.errors import InvalidArgument
 from cri.spec import strings
+from shim.cgroups import names
 
-PREFIX = "cri-shim"  # of systemd scopes: cri-shim-<id>.scope
 DEFAULT_PARENT = "/cri-shim.pods"  # for clients that name none; the kubelet always does
-DEFAULT_SLICE = "system.slice"
 
 _FIELD = "sandbox_config.linux.cgroup_parent"
 
@@ -21,12 +20,12 @@ def path(parent: str, name: str, driver: str) -> str:
         raise InvalidArgument("contains '..'", field=_FIELD)
     if driver == "systemd":
         # The kubelet sends the whole path of the slice; systemd knows it by its last component.
-        slice_name = posixpath.basename(strings.clean(parent)) if parent else DEFAULT_SLICE
-        if not slice_name.endswith(".slice") or ":" in slice_name:
+        slice_name = posixpath.basename(strings.clean(parent)) if parent else names.DEFAULT_SLICE
+        if not names.is_slice(slice_name):
             raise InvalidArgument(
                 f"{parent!r:.200} is not a slice, but the cgroup driver is systemd",
                 field=_FIELD,
                 hint="set the same cgroup driver in the kubelet and here",
             )
-        return f"{slice_name}:{PREFIX}:{name}"
+        return f"{slice_name}:{names.PREFIX}:{name}"
     return posixpath.join(strings.clean(parent or DEFAULT_PARENT), name)

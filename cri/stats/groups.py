@@ -6,6 +6,7 @@ import posixpath
 
 from shim.cgroups.group import Group
 from shim.cgroups.layout import Layout
+from shim.cgroups.names import expand, slice_path
 
 
 def of(layout: Layout, cgroups_path: str) -> Group:
@@ -21,19 +22,3 @@ def parent(layout: Layout, cgroup_parent: str) -> Group:
     """A pod's own group from ``PodSandboxConfig.linux.cgroup_parent``; for the systemd driver only the slice's name in it counts."""
     name = posixpath.basename(cgroup_parent.rstrip("/"))
     return of(layout, slice_path(name) if name.endswith(".slice") else posixpath.normpath("/" + cgroup_parent.strip("/")))
-
-
-def expand(cgroups_path: str) -> str:
-    """``slice:prefix:name``, the systemd driver's form, as the path that systemd makes of it; other paths as they are."""
-    if cgroups_path.count(":") != 2 or "/" in cgroups_path:
-        return cgroups_path
-    slice_name, prefix, name = cgroups_path.split(":")
-    return f"{slice_path(slice_name or 'system.slice')}/{prefix}-{name}.scope"
-
-
-def slice_path(name: str) -> str:
-    """systemd.slice(5): ``a-b.slice`` lies in ``a.slice``; the root slice is ``-.slice``."""
-    if name == "-.slice":
-        return ""
-    parts = name.removesuffix(".slice").split("-")
-    return "".join(f"/{'-'.join(parts[: n + 1])}.slice" for n in range(len(parts)))

@@ -39,7 +39,7 @@ def execute(group: Group, writes: Sequence[Write], phase: str = "cgroup") -> Non
 
 def change(group: Group, writes: Sequence[Write]) -> None:
     """The same for a group in use: what was written before a refusal is set back, so a refused update changes nothing."""
-    before = [Write(w.controller, w.file, value, again=True) for w in writes if (value := _present(group, w))]
+    before = snapshot(group, writes)
     try:
         execute(group, writes, "update cgroup")
     except Failure as refusal:
@@ -48,6 +48,11 @@ def change(group: Group, writes: Sequence[Write]) -> None:
         except Failure as second:
             refusal.message += f" (and setting back {second.path} failed: {second})"
         raise
+
+
+def snapshot(group: Group, writes: Sequence[Write]) -> list[Write]:
+    """What sets back the files that ``writes`` change."""
+    return [Write(w.controller, w.file, value, again=True) for w in writes if (value := _present(group, w))]
 
 
 # Files that read back as what may be written. The rest are lists of devices, which an update adds to one by one.

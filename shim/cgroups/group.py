@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from shim.cgroups.layout import Layout
+from shim.cgroups.names import is_scope, scope
 from shim.errors import Failure
 
 
@@ -15,12 +17,15 @@ from shim.errors import Failure
 class Group:
     """``path`` is relative to each hierarchy's mount and starts with a slash; ``paths`` maps controllers to absolute directories.
 
-    In version 2 every controller has the same directory, which is listed once under the empty name.
+    In version 2 every controller has the same directory, which is listed once under the empty name. ``unit`` is the scope whose group
+    this is, where systemd made it. It then watches a hierarchy of its own on a hybrid machine, in which the group is ``unified``.
     """
 
     version: int
     path: str
     paths: dict[str, str]
+    unit: str = ""
+    unified: str = ""
 
     @property
     def directories(self) -> tuple[str, ...]:
@@ -32,16 +37,31 @@ class Group:
         return self.paths[""] if self.version == 2 else self.paths.get(controller)
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": self.version, "path": self.path, "paths": self.paths}
+        fields: dict[str, Any] = {"version": self.version, "path": self.path, "paths": self.paths}
+        return {**fields, "unit": self.unit, "unified": self.unified} if self.unit else fields
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Group:
-        return cls(int(fields["version"]), str(fields["path"]), dict(fields["paths"]))
+        unit, unified = str(fields.get("unit", "")), str(fields.get("unified", ""))
+        return cls(int(fields["version"]), str(fields["path"]), dict(fields["paths"]), unit, unified)
+
+
+def group_at(layout: Layout, cgroups_path: str) -> Group:
+    """The group that ``Linux.cgroups_path`` names, whether or not it exists."""
+    unit = unified = ""
+    if is_scope(cgroups_path):
+        _, unit, path = scope(cgroups_path)
+        unified = layout.unified and layout.unified + path
+    else:
+        path = checked_path(cgroups_path)
+    if layout.version == 2:
+        return Group(2, path, {"": layout.root + path}, unit)
+    return Group(1, path, {controller: mount + path for controller, mount in layout.controllers.items()}, unit, unified)
 
 
 def checked_path(path: str) -> str:
     """``path`` with a leading and no trailing slash. Raises Failure for one that names a hierarchy's root or leaves it."""
-    if path.count(":") == 2 and "/" not in path:
+    if is_scope(path):
         raise Failure("create cgroup", path=path, message="this is a path of the systemd driver, and the cgroupfs driver is in use")
     parts = path.strip("/").split("/")
     if "\0" in path or any(part in ("", ".", "..") for part in parts):

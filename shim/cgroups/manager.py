@@ -9,9 +9,10 @@ import errno
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
-from shim.cgroups import v1, v2
+from shim.cgroups import names, v1, v2
 from shim.cgroups.group import Group, checked_path
 from shim.cgroups.group import read as _read
 from shim.cgroups.layout import Layout
@@ -39,6 +40,79 @@ def _backend(version: int) -> _Backend:
     if version == 1:
         return v1
     return v2
+
+
+class Making(Protocol):
+    """A group on its way: with systemd, work that somebody else does meanwhile."""
+
+    @property
+    def group(self) -> Group:
+        """Where it will be."""
+        ...
+
+    def finish(self) -> Group:
+        """Wait for it. Nothing is left of it after a Failure. May be repeated."""
+        ...
+
+    def release(self) -> None:
+        """To be called once a process of the container is in the group, which until then is kept by one that is not."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    group: Group
+
+    def finish(self) -> Group:
+        return self.group
+
+    def release(self) -> None:
+        return
+
+
+class _Systemd(Protocol):
+    """What the module systemd is."""
+
+    def Starting(self, layout: Layout, cgroups_path: str, wanted: Resources) -> Making: ...
+    def apply(self, group: Group, layout: Layout, wanted: Resources) -> None: ...
+    def remove(self, group: Group, retry: Callable[[str], None], deadline: float) -> None: ...
+    def enter(self, layout: Layout, cgroups_path: str) -> None: ...
+    def warm(self) -> frozenset[int]: ...
+
+
+_systemd: _Systemd | None = None
+
+
+def use_systemd() -> None:
+    """Have paths of the form ``slice:prefix:name`` taken as scopes of systemd. Imports what that needs, which is not the standard
+    library: to be called before anything forks, with a ``sys.path`` that leads to it."""
+    global _systemd
+    from shim.cgroups import systemd
+
+    _systemd = systemd
+
+
+def _scopes(where: str) -> _Systemd:
+    if _systemd is None:
+        raise Failure("cgroup", path=where, message="this belongs to the systemd driver, and the cgroupfs driver is in use")
+    return _systemd
+
+
+def enter(layout: Layout, cgroups_path: str) -> None:
+    """Move this process, which runs on, into a scope of systemd's that is made where it is missing."""
+    _scopes(cgroups_path).enter(layout, cgroups_path)
+
+
+def warm() -> frozenset[int]:
+    """Whatever makes the next ``begin`` of this process faster; fds to keep for it."""
+    return frozenset() if _systemd is None else _systemd.warm()
+
+
+def begin(layout: Layout, cgroups_path: str, resources: Resources | None = None) -> Making:
+    """``create`` in two steps, between which the caller does what does not need the group."""
+    if names.is_scope(cgroups_path):
+        return _scopes(cgroups_path).Starting(layout, cgroups_path, resources or Resources())
+    return _Made(create(layout, cgroups_path, resources))
 
 
 def create(layout: Layout, cgroups_path: str, resources: Resources | None = None) -> Group:
@@ -70,7 +144,10 @@ def apply(layout: Layout, group: Group, resources: Resources) -> None:
 
     Failure with EBUSY if the group uses more memory than the new limit: nothing is killed.
     """
-    _backend(group.version).apply(group, layout, resources)
+    if group.unit:
+        _scopes(group.unit).apply(group, layout, resources)
+    else:
+        _backend(group.version).apply(group, layout, resources)
 
 
 def pids(group: Group) -> list[int]:
@@ -117,7 +194,10 @@ def remove(group: Group, timeout: float = BUSY_TIMEOUT) -> None:
     is done, which is shortly after it has been reaped.
     """
     deadline = time.monotonic() + timeout
-    _backend(group.version).remove(group, lambda directory: _rmdir(directory, deadline))
+    if group.unit:
+        _scopes(group.unit).remove(group, lambda directory: _rmdir(directory, deadline), deadline)
+    else:
+        _backend(group.version).remove(group, lambda directory: _rmdir(directory, deadline))
 
 
 def _rmdir(directory: str, deadline: float) -> None:

@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from shim.cgroups import devices, plan
 from shim.cgroups import group as files
@@ -36,6 +36,18 @@ def create(layout: Layout, path: str, resources: Resources) -> Group:
         files.undo(made, error)
         raise
     return group
+
+
+def complete(group: Group, layout: Layout, writes: Sequence[plan.Write], policy: devices.Policy | None, made: list[str]) -> None:
+    """The same for a group that systemd made in its hierarchies: it is made in the others, which go to ``made``."""
+    for directory in group.directories:
+        if not os.path.isdir(directory):
+            files.make(directory, made)
+            if directory == group.paths.get("cpuset"):
+                _inherit_cpuset(directory)
+    execute(group, writes, "create cgroup")
+    if policy is not None:
+        _restrict_devices(group, policy, in_use=True)
 
 
 def _inherit_cpuset(directory: str) -> None:
@@ -80,6 +92,11 @@ def join(group: Group) -> None:
     for directory in group.directories:
         try:
             files.write(f"{directory}/tasks", "0")
+        except OSError as error:
+            raise Failure.wrap("join cgroup", "write", error) from error
+    if group.unified:
+        try:
+            files.write(f"{group.unified}/cgroup.procs", "0")
         except OSError as error:
             raise Failure.wrap("join cgroup", "write", error) from error
 

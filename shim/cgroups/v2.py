@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from shim.cgroups import bpf, devices, plan
@@ -25,15 +25,20 @@ def create(layout: Layout, path: str, resources: Resources) -> Group:
     made: list[str] = []
     try:
         files.make(directory, made)
-        _require(layout, path, directory, {write.controller for write in writes if not write.optional})
         group = Group(2, path, {"": directory})
-        execute(group, writes, "create cgroup")
+        complete(group, layout, writes)
         if policy is not None:
             bpf.attach(directory, policy)
     except BaseException as error:
         files.undo(made, error)
         raise
     return group
+
+
+def complete(group: Group, layout: Layout, writes: Sequence[plan.Write]) -> None:
+    """Controllers and limits of a group that exists."""
+    _require(layout, group.path, group.paths[""], {write.controller for write in writes if not write.optional})
+    execute(group, writes, "create cgroup")
 
 
 # ---- controllers
@@ -158,9 +163,9 @@ def kill(group: Group, deadline: float) -> set[int]:
     """cgroup.kill reaches everything below at once, forks and frozen processes included. Returns who is left at ``deadline``."""
     try:
         files.write(f"{group.paths['']}/cgroup.kill", "1")
-    except FileNotFoundError:
-        return set()
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):  # gone, perhaps just now
+            return set()
         raise Failure.wrap("kill cgroup", "write", error) from error
     pause = 0.0005
     while (left := files.processes(group.paths[""])) and time.monotonic() < deadline:

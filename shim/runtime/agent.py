@@ -23,11 +23,10 @@ from enum import IntEnum
 
 from shim.cgroups import Group
 from shim.errors import Failure
-from shim.linux import caps, cpus, libc
+from shim.linux import caps, cpus, elf, libc
 from shim.linux.process import Inherited
 from shim.oci.command import BLOCK, BLOCK_SIZE
 from shim.oci.spec import Process
-from shim.runtime import elf
 from shim.runtime.kept import Kept
 from shim.security import Credentials, Step
 
@@ -210,6 +209,8 @@ def plan(
     if group.version == 1:
         for directory in group.directories:
             _write_file(w, At.CGROUP, f"{directory}/tasks", b"0")
+        if group.unified:
+            _write_file(w, At.CGROUP, f"{group.unified}/cgroup.procs", b"0")
     affinity = process.exec_cpu_affinity
     if affinity is not None and affinity.final:
         _set_affinity(w, affinity.final)

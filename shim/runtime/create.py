@@ -73,6 +73,7 @@ class Stage1:
     spec: Spec
     recipe: Recipe
     proc: int | None
+    making: cgroups.Making = field(init=False)
     group: Group = field(init=False)
     oom_fds: list[int] = field(init=False)
     kept_fd: int = field(init=False)
@@ -85,9 +86,8 @@ class Stage1:
         if kept_.notifies and pid_mode is not namespaces.PidMode.NEW:
             listener.go_on_in_child(self.channel)
         stdio = None if spec.process.terminal else open_stdio(self.job.bundle, self.job.stdin_once)
-        self.group = cgroups.create(context.layout, spec.linux.cgroups_path, spec.linux.resources)
-        self.channel.note("cgroup", self.group.to_json())  # so that a failure names what there is to remove
-        self.oom_fds = oom.watch(self.group)
+        self.making = cgroups.begin(context.layout, spec.linux.cgroups_path, spec.linux.resources)
+        self.channel.note("cgroup", self.making.group.to_json())  # so that a failure names what there is to remove
         user = namespaces.user_namespace(spec, self.job.pod)
         if kept_.root is not None:
             inside.raise_hard_limits(spec.process)
@@ -95,14 +95,20 @@ class Stage1:
                 inside.give_stdio(stdio, kept_.root)
         self.kept_fd = kept.create(self.job.bundle)
         shm = self._pod_mounts()
+        self.group = self.making.group
         paths = self.group.paths if self.group.version == 1 else {}
         operations = rootfs_plan.plan(spec, self.recipe, cgroup_version=self.group.version, cgroup_paths=paths)
+        if paths:
+            self.making.finish()  # the container's mounts may be of its directories
         prepared = rootfs.prepare(operations, self.recipe, shm_fd=shm, userns_fd=user)
+        self.making.finish()
+        self.oom_fds = oom.watch(self.group)
         # Last of what needs host paths, so that little of ours is charged to the container. Being born there takes the right to write to
         # the group, which is the host's: not from within a user namespace.
         birthplace = cgroups.open_dir(self.group) if pid_mode is namespaces.PidMode.NEW and user is None else None
         if birthplace is None:
             cgroups.join(self.group)
+            self.making.release()
         if kept_.root is not None and hooks.of_stage(spec, "createContainer"):
             shared = namespaces.shared(spec, self.job.pod)
             self.hooks_outside = Outside(Order(spec, self.job.id, self.job.bundle_path, kept_.root, context.host_mntns, shared))
@@ -146,6 +152,7 @@ class Stage1:
         pid, pidfd = libc.clone3(flags, exit_signal=0, pidfd=True, cgroup=birthplace, parent_tid_address=address)
         if pid == 0:
             self._init(build)
+        self.making.release()
         if pins_ is not None and self._pins_itself:
             pins.pin(pins_, self.job.id, pidfd)
 

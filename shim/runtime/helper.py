@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from shim.cgroups import manager as cgroups
 from shim.cgroups import plan as cgroup_plan
 from shim.cgroups.group import Group
 from shim.linux import libc, process
@@ -73,6 +74,7 @@ class Helper:
         gc.freeze()  # a collection then looks at what came after, and copies no page of all that was there
         home = {os.open(f"self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc): flag for name, flag in _HOME}
         ours = {*launch.STDIO, channel.fileno(), *self.context.fds(), *home}
+        bus = cgroups.warm()
         while (received := channel.receive_order()) is not None:
             order, fds = received
             if not self._obey(order, fds, channel):
@@ -81,7 +83,8 @@ class Helper:
             if order["job"] == "pod":
                 for fd, flag in home.items():
                     libc.setns(fd, flag)
-            process.close_all_except(ours)
+            process.close_all_except(ours | bus)
+            bus = cgroups.warm()
             process.set_title(TITLE)
 
     def _obey(self, order: dict[str, Any], fds: list[int], channel: Channel) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 
-from shim.runtime import elf
+from shim.linux import elf
 
 # pause() for ever. x86_64: mov eax, 34; syscall; jmp -9
 _X86_64 = bytes.fromhex("b822000000" "0f05" "ebf7")

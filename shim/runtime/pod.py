@@ -66,6 +66,7 @@ class Pod:
         channel.send({"ok": {**facts, "fds": list(fds)}}, tuple(fds.values()))
 
     def _plain(self, sandbox: Sandbox, channel: Channel, facts: dict[str, object]) -> dict[str, int]:
+        making = self._make_group(sandbox, channel, facts)
         flags = sum(_NEW[kind] for kind in sandbox.namespaces if kind in _NEW)
         libc.unshare(flags)
         fds = {kind.value: self._own(_FILES[kind]) for kind in sandbox.namespaces if kind in _FILES}
@@ -74,21 +75,22 @@ class Pod:
         if NamespaceType.NETWORK in sandbox.namespaces:
             fds["netlink"] = _bring_up_network(sandbox)
         sysctl.apply(self.context.proc, sandbox.sysctl)
-        shares_pids = NamespaceType.PID in sandbox.namespaces
-        birthplace = self._join_group(sandbox, channel, facts) if shares_pids and sandbox.cgroups_path else None
+        birthplace = _join(making) if making is not None else None
         fds["mount"] = self._mount_namespace(sandbox)
-        if shares_pids:
+        if making is not None:
             facts["pid"], fds["pid"] = self._pid1(sandbox, birthplace)
+            making.release()
         return fds
 
     def _in_user_namespace(self, sandbox: Sandbox, channel: Channel, facts: dict[str, object]) -> dict[str, int]:
         """The same with everything but the mount namespace inside a new user namespace, which this process sets up but never joins."""
         proc, mappings = self.context.proc, (sandbox.uid_mappings, sandbox.gid_mappings)
-        shares_pids = NamespaceType.PID in sandbox.namespaces
-        birthplace = self._join_group(sandbox, channel, facts) if shares_pids else None
+        making = self._make_group(sandbox, channel, facts)
+        birthplace = _join(making) if making is not None else None
         fds = {"mount": self._mount_namespace(sandbox)}
-        if shares_pids:
+        if making is not None:
             facts["pid"], made = self._pid1_in_user_namespace(sandbox, birthplace)
+            making.release()
             fds |= made
             procfs = namespaces.proc_of(fds["pid"], proc)
         else:
@@ -121,15 +123,14 @@ class Pod:
     def _own(self, name: str) -> int:
         return os.open(f"self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc)
 
-    def _join_group(self, sandbox: Sandbox, channel: Channel, facts: dict[str, object]) -> int | None:
-        """Make the cgroup of the pod's PID 1; a directory fd to be born in, or None where this process has joined it (v1)."""
-        group = cgroups.create(self.context.layout, sandbox.cgroups_path)
-        facts["cgroup"] = group.to_json()
-        channel.note("cgroup", group.to_json())
-        where = cgroups.open_dir(group)
-        if where is None:
-            cgroups.join(group)
-        return where
+    def _make_group(self, sandbox: Sandbox, channel: Channel, facts: dict[str, object]) -> cgroups.Making | None:
+        """Begin the cgroup of the pod's PID 1, if it has one."""
+        if NamespaceType.PID not in sandbox.namespaces:
+            return None
+        making = cgroups.begin(self.context.layout, sandbox.cgroups_path)
+        facts["cgroup"] = making.group.to_json()
+        channel.note("cgroup", facts["cgroup"])
+        return making
 
     def _pid1(self, sandbox: Sandbox, birthplace: int | None) -> tuple[int, int]:
         """Fork and exec PID 1 of a shared PID namespace: its pid and the namespace. The pod's mount namespace gets its procfs."""
@@ -168,6 +169,15 @@ class Pod:
         os.close(go)
         os.close(hold)
         return pid, fds
+
+
+def _join(making: cgroups.Making) -> int | None:
+    """A directory fd to be born in, or None where this process has joined the group (v1)."""
+    group = making.finish()
+    where = cgroups.open_dir(group)
+    if where is None:
+        cgroups.join(group)
+    return where
 
 
 def shm_options(sandbox: Sandbox) -> dict[str, str]:

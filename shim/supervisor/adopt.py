@@ -42,6 +42,13 @@ def adopt(core: Core, logs: Logs) -> None:
                 core.log(f"cannot adopt {kind}/{name}: {type(error).__name__}: {error}")
 
 
+def has_scopes(core: Core) -> bool:
+    """Whether systemd made groups of what was adopted."""
+    pods, containers = core.table.pods.values(), core.table.containers.values()
+    groups = [*(pod.group for pod in pods), *(container.group for container in containers)]
+    return any(group.unit for group in groups if group is not None)
+
+
 def check(state: str) -> None:
     """Read every record as ``adopt`` would, and change nothing. Raises what is wrong with the first that cannot be used."""
     directory = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 from shim import cgroups
-from shim.cgroups.group import checked_path
 from shim.cgroups.layout import Layout
 from shim.errors import Failure
 from shim.oci import bundle as bundles
@@ -29,14 +28,6 @@ async def release(core: Core, kind: str, name: str) -> None:
         forget(directory)
     finally:
         os.close(directory)
-
-
-def group_at(layout: Layout, where: str) -> cgroups.Group:
-    """The group that ``cgroups.create`` makes at a path of the cgroupfs driver, whether or not it exists."""
-    path = checked_path(where)
-    if layout.version == 2:
-        return cgroups.Group(2, path, {"": layout.root + path})
-    return cgroups.Group(1, path, {controller: mount + path for controller, mount in layout.controllers.items()})
 
 
 class Leftovers:
@@ -57,7 +48,7 @@ class Leftovers:
                 raise
             where = ""
         if where:
-            group = group_at(self._layout, where)
+            group = cgroups.group_at(self._layout, where)
             cgroups.kill(group)
             cgroups.remove(group)
         channel.send({"ok": {}})

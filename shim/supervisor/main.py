@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shim import cgroups
+from shim.cgroups.names import is_scope
 from shim.errors import Failure
 from shim.linux import libc, process
 from shim.oci import codec
@@ -52,6 +53,7 @@ class Settings:
     runtime_cgroup: str  # "" leaves us where we are
     socket: int  # fd of the first connection
     files: tuple[int, int]  # RLIMIT_NOFILE for containers: the daemon that starts us may have raised its own
+    systemd: str = ""  # directory with the library that the systemd cgroup driver takes
     build: str = ""  # what this version is, for the daemon to compare
     preflight: bool = False  # read the records and exit
     handed: int = -1  # memfd of ``upgrade``: fds that an earlier version of this very process left open
@@ -60,7 +62,7 @@ class Settings:
     def parse(cls, text: str) -> Settings:
         fields: dict[str, Any] = json.loads(text)
         soft, hard = fields["files"]
-        more = {name: fields[name] for name in ("build", "preflight", "handed") if name in fields}
+        more = {name: fields[name] for name in ("build", "preflight", "handed", "systemd") if name in fields}
         return cls(str(fields["state"]), str(fields["runtime_cgroup"]), int(fields["socket"]), (int(soft), int(hard)), **more)
 
 
@@ -127,6 +129,8 @@ def prepare(settings: Settings, first: socket.socket | None) -> Core:
     if score != _OOM_SCORE:
         log(f"oom_score_adj stays {score}: lowering it takes CAP_SYS_RESOURCE")
     layout = cgroups.detect()
+    if is_scope(settings.runtime_cgroup):
+        use_systemd(settings.systemd)
     if settings.runtime_cgroup:
         place.enter(layout, settings.runtime_cgroup)
     warm_up()
@@ -156,6 +160,8 @@ def prepare(settings: Settings, first: socket.socket | None) -> Core:
     logs.start()
     children.helpers = Helpers(children, context)
     adopt.adopt(core, logs)
+    if adopt.has_scopes(core) and not is_scope(settings.runtime_cgroup):
+        use_systemd(settings.systemd)  # containers of the time before the driver was changed
     if handed is not None:
         handed.give(core)
     children.adopting = False
@@ -245,6 +251,17 @@ def warm_up() -> None:
         (ExitRecord, b'{"exitCode":0,"finishedAt":1}'),
     ):
         codec.encode(codec.decode(cls, sample))
+
+
+def use_systemd(library: str) -> None:
+    """Only this import may find what is in ``library``."""
+    if not library:
+        raise Failure("start supervisor", message="the systemd cgroup driver needs the Python package jeepney", hint="pip install jeepney")
+    sys.path.append(library)
+    try:
+        cgroups.use_systemd()
+    finally:
+        sys.path.remove(library)
 
 
 def made(loop: Loop, children: Children, job: Job, title: str) -> dict[str, int]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 
+from shim.cgroups import manager
 from shim.cgroups.group import checked_path, read, write
 from shim.cgroups.layout import Layout
+from shim.cgroups.names import is_scope
 from shim.errors import Failure
 
 
 def enter(layout: Layout, path: str) -> None:
     """Make the group where it is missing and move this process into it, in every hierarchy. Raises Failure."""
+    if is_scope(path):
+        manager.enter(layout, path)
+        return
     path = checked_path(path)
     for mount in layout.hierarchies:
         directory = mount + path
