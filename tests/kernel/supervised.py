@@ -66,13 +66,18 @@ def make_root(directory: Path) -> Path:
     return directory
 
 
+# In the machine with systemd, tests written for whatever driver there is are run with this one.
+SYSTEMD = os.environ.get("CRI_SHIM_TEST_CGROUP_DRIVER") == "systemd"
+
+
 class Rig:
     """One state directory. ``supervisor`` is the daemon's side; everything goes through it."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, *, systemd: bool = SYSTEMD) -> None:
         self.base = base
         self.state = base / "state"
-        self.cgroup = f"/crishim-h7-{token_hex(3)}"
+        self.slice = f"crishimh7{token_hex(3)}.slice" if systemd else ""
+        self.cgroup = f"/{self.slice}" if systemd else f"/crishim-h7-{token_hex(3)}"
         self.root = make_root(base / "root")
         self.exits: dict[str, ExitRecord] = {}
         self.oom: list[str] = []
@@ -84,9 +89,13 @@ class Rig:
             (self.state / name).mkdir(mode=0o700)
         (base / "logs").mkdir()
 
+    def place(self, name: str) -> str:
+        """A cgroups path for something of this rig."""
+        return f"{self.slice}:cri-shim:{name}" if self.slice else f"{self.cgroup}/{name}"
+
     async def open(self) -> None:
         """Start, or connect to, the supervisor."""
-        self.supervisor = await Supervisor.start(self.state, python=Path(sys.executable), runtime_cgroup=f"{self.cgroup}/runtime")
+        self.supervisor = await Supervisor.start(self.state, python=Path(sys.executable), runtime_cgroup=self.place("runtime"))
         self.supervisor.on_exit = self.exits.__setitem__
         self.supervisor.on_oom = self.oom.append
         self.supervisor.on_replaced = self.replaced.set
@@ -105,7 +114,7 @@ class Rig:
         directory.mkdir(mode=0o700)
         namespaces = kinds or (NamespaceType.NETWORK, NamespaceType.IPC, NamespaceType.UTS)
         pin = str(self.state / "netns" / name) if NamespaceType.NETWORK in namespaces else ""
-        sandbox = Sandbox(name, namespaces, hostname="pod", netns_path=pin, shm_size=shm, cgroups_path=f"{self.cgroup}/{name[:8]}")
+        sandbox = Sandbox(name, namespaces, hostname="pod", netns_path=pin, shm_size=shm, cgroups_path=self.place(name[:8]))
         bundle.write_sandbox(directory, sandbox)
         self.pods.add(name)
         handles = await self.supervisor.create_pod(name, directory)
@@ -122,7 +131,7 @@ class Rig:
         if pid != "host":
             namespaces.append(Namespace(NamespaceType.PID, pid))
         process = Process(args, env=ENV, terminal=tty)
-        linux = Linux(tuple(namespaces), cgroups_path=f"{self.cgroup}/{name}")
+        linux = Linux(tuple(namespaces), cgroups_path=self.place(name))
         return change(Spec("1.2.0", Root("rootfs"), process, mounts=(*MOUNTS, SHM), linux=linux))
 
     async def create(
@@ -230,10 +239,10 @@ async def until(condition: Callable[[], object], patience: float = 10.0) -> None
 
 
 @asynccontextmanager
-async def rig() -> AsyncIterator[Rig]:
+async def rig(*, systemd: bool = SYSTEMD) -> AsyncIterator[Rig]:
     """A rig that leaves nothing behind: state, cgroups and processes."""
-    base = Path(tempfile.mkdtemp(prefix="h7-", dir="/tmp"))
-    made = Rig(base)
+    base = Path(tempfile.mkdtemp(prefix="h7-", dir=os.environ.get("TMPDIR", "/tmp")))
+    made = Rig(base, systemd=systemd)
     try:
         await made.open()
         yield made
@@ -248,6 +257,9 @@ async def rig() -> AsyncIterator[Rig]:
 
 def _sweep(made: Rig) -> None:
     """End and remove what a failed test left: every process in the rig's cgroups, mounts below its directory, the cgroups."""
+    if made.slice:
+        subprocess.run(["systemctl", "kill", "--signal=KILL", made.slice], check=False)
+        subprocess.run(["systemctl", "stop", made.slice], check=False)
     one = Path("/sys/fs/cgroup/cgroup.procs").exists()
     mounts = [Path("/sys/fs/cgroup")] if one else list(Path("/sys/fs/cgroup").iterdir())
     tops = [mount / made.cgroup.lstrip("/") for mount in mounts]

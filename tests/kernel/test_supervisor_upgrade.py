@@ -22,7 +22,7 @@ async def upgrade(node: Rig, build: str, monkeypatch: pytest.MonkeyPatch) -> cli
     """What a daemon of another version does at its start."""
     monkeypatch.setattr(client, "build", lambda: build)
     node.replaced.clear()
-    link = await asyncio.to_thread(client.ensure, node.state, Path(sys.executable), runtime_cgroup=f"{node.cgroup}/runtime")
+    link = await asyncio.to_thread(client.ensure, node.state, Path(sys.executable), runtime_cgroup=node.place("runtime"))
     link.socket.close()
     os.close(link.pidfd)
     return link
