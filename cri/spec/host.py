@@ -33,6 +33,7 @@ def detect(*, cgroup_version: int, cgroup_driver: str, controllers: frozenset[st
         capabilities=caps.NAMES[: caps.last_cap() + 1],
         swap=swap,
         hugetlb="hugetlb" in controllers,
+        hugepage_sizes=hugepage_sizes(),
         seccomp=os.path.exists("/proc/sys/kernel/seccomp/actions_avail"),
         apparmor=_first_byte("/sys/module/apparmor/parameters/enabled") == b"Y",
         selinux=os.path.exists("/sys/fs/selinux/enforce"),
@@ -43,6 +44,23 @@ def detect(*, cgroup_version: int, cgroup_driver: str, controllers: frozenset[st
         devices=devices,
         propagation=propagation,
     )
+
+
+def hugepage_sizes(directory: str = "/sys/kernel/mm/hugepages") -> frozenset[str]:
+    """``hugepages-2048kB`` and its like as cgroup files and CRI name them: 2MB."""
+    found = set()
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return frozenset()
+    for name in names:
+        match = re.fullmatch(r"hugepages-([0-9]+)kB", name)
+        if match is not None:
+            size, unit = int(match[1]), 0
+            while size % 1024 == 0 and unit < 2:
+                size, unit = size // 1024, unit + 1
+            found.add(f"{size}{('KB', 'MB', 'GB')[unit]}")
+    return frozenset(found)
 
 
 def read_file(path: str) -> bytes:

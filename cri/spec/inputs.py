@@ -39,6 +39,7 @@ class HostFacts:
     capabilities: tuple[str, ...] = NAMES  # what a privileged container gets
     swap: bool = True  # the memory controller accounts swap
     hugetlb: bool = True
+    hugepage_sizes: frozenset[str] = frozenset()  # as CRI has them ("2MB"); empty: unknown
     seccomp: bool = True
     apparmor: bool = False
     selinux: bool = False

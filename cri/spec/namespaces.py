@@ -22,6 +22,9 @@ def of_container(container: v1.NamespaceOption, pod: v1.NamespaceOption, *, own_
         wanted.append(Namespace(NamespaceType.USER, "pod:user"))
     if container.HasField("userns_options") and user_mappings(container) != user_mappings(pod):
         raise InvalidArgument("not the sandbox's", field=f"config.{_OPTIONS}.userns_options")
+    for name, mode, of in (("network", container.network, pod.network), ("ipc", container.ipc, pod.ipc)):
+        if mode == v1.NODE and of != v1.NODE:
+            raise InvalidArgument("NODE, but the pod has a namespace of its own", field=f"config.{_OPTIONS}.{name}")
     if pod.network != v1.NODE:
         wanted += [Namespace(NamespaceType.NETWORK, "pod:network"), Namespace(NamespaceType.UTS, "pod:uts")]
     if pod.ipc != v1.NODE:

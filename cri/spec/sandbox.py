@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from cri.errors import FailedPrecondition, InvalidArgument
-from cri.spec import cgroups, files, namespaces
+from cri.spec import cgroups, files, namespaces, security
 from cri.spec.inputs import HandlerConfig, HostFacts
 from protos.runtime.v1 import api_pb2 as v1
 from shim.oci.sandbox import Sandbox
@@ -27,6 +27,7 @@ def build(
 ) -> Sandbox:
     """``Sandbox`` of a pod; ``netns_path`` is where its network namespace will be pinned, unused with the host's network, and
     ``userns_path`` its user namespace, unused without one and where the network namespace leads to it."""
+    security.check_sandbox(config.linux.security_context)
     options = config.linux.security_context.namespace_options
     kinds = namespaces.of_pod(options)
     mappings = namespaces.user_mappings(options)

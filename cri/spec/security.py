@@ -8,6 +8,7 @@ from cri.errors import InvalidArgument, Unimplemented
 from cri.spec import seccomp as profiles
 from cri.spec import strings
 from cri.spec.inputs import HandlerConfig, HostFacts
+from cri.spec.process import MAX_ID
 from protos.runtime.v1 import api_pb2 as v1
 from shim.linux.caps import NUMBERS
 from shim.oci import spec as oci
@@ -47,6 +48,31 @@ READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysr
 RUNTIME_DEFAULT = oci.Seccomp("RuntimeDefault")  # expanded by the core, which knows libseccomp
 
 _ALL = "CAP_ALL"
+
+
+def check_sandbox(context: v1.LinuxSandboxSecurityContext) -> None:
+    """What the kubelet says of a pod's own process, which the peers run an image for. Here it is a program of ours, or there is none: it
+    belongs to nobody, has no capabilities, groups or writable root, and nothing that could be confined further. So values are checked,
+    and that is all that they can do."""
+    field = "config.linux.security_context"
+    for name in ("run_as_user", "run_as_group"):
+        if context.HasField(name) and not 0 <= getattr(context, name).value <= MAX_ID:
+            raise InvalidArgument(f"id {getattr(context, name).value} is outside 0..{MAX_ID}", field=f"{field}.{name}")
+    if context.HasField("run_as_group") and not context.HasField("run_as_user"):
+        raise InvalidArgument(f"group {context.run_as_group.value} is specified without a user", field=f"{field}.run_as_group")
+    for i, group in enumerate(context.supplemental_groups):
+        if not 0 <= group <= MAX_ID:
+            raise InvalidArgument(f"id {group} is outside 0..{MAX_ID}", field=f"{field}.supplemental_groups[{i}]")
+    if context.supplemental_groups_policy not in (v1.Merge, v1.Strict):
+        raise InvalidArgument("unknown policy", field=f"{field}.supplemental_groups_policy")
+    for name in ("seccomp", "apparmor"):
+        profile = getattr(context, name)
+        if profile.profile_type not in v1.SecurityProfile.ProfileType.values():
+            raise InvalidArgument(f"unknown profile type {profile.profile_type}", field=f"{field}.{name}.profile_type")
+        if (profile.profile_type == v1.SecurityProfile.Localhost) != bool(profile.localhost_ref):
+            raise InvalidArgument("goes with the profile type Localhost", field=f"{field}.{name}.localhost_ref")
+    if context.seccomp_profile_path:
+        _from_path(context.seccomp_profile_path, f"{field}.seccomp_profile_path")
 
 
 def capabilities(context: v1.LinuxContainerSecurityContext, host: HostFacts) -> oci.Capabilities:

@@ -70,8 +70,8 @@ POD = {N.MOUNT: "", N.NETWORK: "pod:network", N.UTS: "pod:uts", N.IPC: "pod:ipc"
         ({"pid": v1.CONTAINER}, {"pid": v1.NODE}, POD | {N.PID: ""}),
         ({}, {"network": v1.NODE}, {N.MOUNT: "", N.IPC: "pod:ipc", N.CGROUP: "", N.PID: "pod:pid"}),
         ({}, {"ipc": v1.NODE}, {k: v for k, v in POD.items() if k is not N.IPC} | {N.PID: "pod:pid"}),
-        # The container's own network and IPC options count for nothing: it lives in the pod.
-        ({"network": v1.NODE, "ipc": v1.NODE, "pid": v1.CONTAINER}, {}, POD | {N.PID: ""}),
+        # The container lives in the pod: modes that say nothing else are the pod's.
+        ({"network": v1.CONTAINER, "ipc": v1.CONTAINER, "pid": v1.CONTAINER}, {}, POD | {N.PID: ""}),
     ],
 )
 def test_namespaces(build: Build, options: dict[str, Any], pod_options: dict[str, Any], expected: dict[NamespaceType, str]) -> None:
@@ -83,7 +83,14 @@ def test_namespaces(build: Build, options: dict[str, Any], pod_options: dict[str
 
 
 @pytest.mark.parametrize(
-    ("options", "field"), [({"pid": v1.NODE}, "pid"), ({"pid": v1.TARGET}, "target_id"), ({"pid": v1.TARGET, "target_id": ""}, "target_id")]
+    ("options", "field"),
+    [
+        ({"network": v1.NODE}, "network"),
+        ({"ipc": v1.NODE}, "ipc"),
+        ({"pid": v1.NODE}, "pid"),
+        ({"pid": v1.TARGET}, "target_id"),
+        ({"pid": v1.TARGET, "target_id": ""}, "target_id"),
+    ],
 )
 def test_namespaces_refused(build: Build, options: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidArgument) as caught:

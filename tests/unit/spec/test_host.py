@@ -82,3 +82,10 @@ def test_detect() -> None:
     assert facts.hostname
     assert facts.hugetlb
     assert facts.capabilities[0] == "CAP_CHOWN"
+
+
+def test_hugepage_sizes(tmp_path: Path) -> None:
+    for kilobytes in (64, 2048, 32768, 1048576, 16777216):
+        (tmp_path / f"hugepages-{kilobytes}kB").mkdir()
+    assert host.hugepage_sizes(str(tmp_path)) == {"64KB", "2MB", "32MB", "1GB", "16GB"}
+    assert host.hugepage_sizes(str(tmp_path / "none")) == frozenset()

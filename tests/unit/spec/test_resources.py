@@ -39,8 +39,17 @@ def test_build(fields: dict[str, Any], expected: Resources) -> None:
 
 
 def test_controllers_the_host_lacks() -> None:
-    wanted = R(memory_limit_in_bytes=5, hugepage_limits=[v1.HugepageLimit(page_size="2MB", limit=1)])
+    wanted = R(memory_limit_in_bytes=5, hugepage_limits=[v1.HugepageLimit(page_size="2MB", limit=0)])
     assert resources.build(wanted, HostFacts(swap=False, hugetlb=False)) == Resources(memory=Memory(limit=5))
+    pages = R(hugepage_limits=[v1.HugepageLimit(page_size="2MB", limit=1)])
+    with pytest.raises(InvalidArgument, match=r"hugepage_limits\[0\]\.limit: the hugetlb cgroup"):
+        resources.build(pages, HostFacts(hugetlb=False))
+    with pytest.raises(InvalidArgument, match=r"hugepage_limits\[0\]\.page_size: this host has pages of 1GB"):
+        resources.build(pages, HostFacts(hugepage_sizes=frozenset({"1GB"})))
+    none = R(hugepage_limits=[v1.HugepageLimit(page_size="32MB", limit=0)])
+    assert resources.build(none, HostFacts(hugepage_sizes=frozenset({"2MB"}))).hugepage_limits == (HugepageLimit("32MB", 0),)
+    with pytest.raises(InvalidArgument, match="unified"):
+        resources.build(R(unified={"memory.high": "5"}), HostFacts(cgroup_version=1))
 
 
 @pytest.mark.parametrize(
@@ -51,6 +60,10 @@ def test_controllers_the_host_lacks() -> None:
         ({"cpu_quota": -2}, "cpu_quota"),
         ({"memory_limit_in_bytes": -2}, "memory_limit_in_bytes"),
         ({"memory_limit_in_bytes": 5, "memory_swap_limit_in_bytes": 4}, "memory_swap_limit_in_bytes"),
+        ({"memory_swap_limit_in_bytes": 4}, "memory_swap_limit_in_bytes"),
+        ({"cpu_period": 999}, "cpu_period"),
+        ({"cpu_period": 1000001}, "cpu_period"),
+        ({"cpu_quota": 999}, "cpu_quota"),
         ({"oom_score_adj": 1001}, "oom_score_adj"),
         ({"cpuset_cpus": "0;reboot"}, "cpuset_cpus"),
         ({"cpuset_mems": "0\n1"}, "cpuset_mems"),
@@ -68,13 +81,14 @@ def test_refused(fields: dict[str, Any], field: str) -> None:
     assert caught.value.field == f"r.{field}"
 
 
-STORED = {"cpu_shares": 10, "cpu_quota": 20, "memory_limit_in_bytes": 100, "cpuset_cpus": "0", "oom_score_adj": 5}
+STORED = {"cpu_shares": 10, "cpu_quota": 2000, "memory_limit_in_bytes": 100, "cpuset_cpus": "0", "oom_score_adj": 5}
 
 
 @pytest.mark.parametrize(
     ("stored", "update", "expected"),
     [
         (STORED, {}, STORED),
+        (STORED, {"oom_score_adj": 7}, STORED),
         (STORED, {"cpu_shares": 11}, STORED | {"cpu_shares": 11}),
         (STORED, {"memory_limit_in_bytes": 50, "cpuset_cpus": "1"}, STORED | {"memory_limit_in_bytes": 50, "cpuset_cpus": "1"}),
         (
@@ -109,7 +123,10 @@ def test_merge_checks_the_update() -> None:
 numbers = st.integers(0, 2**40)
 
 
-@given(*[st.builds(R, cpu_shares=numbers, memory_limit_in_bytes=numbers, cpu_quota=st.integers(-1, 2**40)) for _ in range(2)])
+quotas = st.just(-1) | st.just(0) | st.integers(1000, 2**40)
+
+
+@given(*[st.builds(R, cpu_shares=numbers, memory_limit_in_bytes=numbers, cpu_quota=quotas) for _ in range(2)])
 def test_merge_is_idempotent(stored: R, update: R) -> None:
     once = resources.merge(stored, update)
     assert resources.merge(once, update) == once

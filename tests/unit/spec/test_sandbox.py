@@ -241,3 +241,29 @@ def test_host_network_files() -> None:
     rendered = files.render(config(network=v1.NODE), HOST)
     assert rendered == {"hosts": b"1.2.3.4 host\n", "hostname": b"node\n", "resolv.conf": b"nameserver 9.9.9.9\n"}
     assert files.render(config(network=v1.NODE), HostFacts())["hosts"] == b""  # a host without the file
+
+
+Profile = v1.SecurityProfile
+
+
+@pytest.mark.parametrize(
+    ("context", "field"),
+    [
+        ({"run_as_user": v1.Int64Value(value=-1)}, "run_as_user"),
+        ({"run_as_user": v1.Int64Value(value=2**31)}, "run_as_user"),
+        ({"run_as_group": v1.Int64Value(value=1)}, "run_as_group"),
+        ({"run_as_user": v1.Int64Value(value=1), "run_as_group": v1.Int64Value(value=-1)}, "run_as_group"),
+        ({"supplemental_groups": [1, -1]}, "supplemental_groups[1]"),
+        ({"supplemental_groups_policy": 7}, "supplemental_groups_policy"),
+        ({"seccomp": Profile(profile_type=7)}, "seccomp.profile_type"),
+        ({"seccomp": Profile(profile_type=Profile.Localhost)}, "seccomp.localhost_ref"),
+        ({"apparmor": Profile(profile_type=Profile.RuntimeDefault, localhost_ref="x")}, "apparmor.localhost_ref"),
+        ({"seccomp_profile_path": "x"}, "seccomp_profile_path"),
+    ],
+)
+def test_values_for_the_pods_own_process_are_checked(context: dict[str, Any], field: str) -> None:
+    config = v1.PodSandboxConfig()
+    config.linux.security_context.CopyFrom(v1.LinuxSandboxSecurityContext(**context))
+    with pytest.raises(InvalidArgument) as caught:
+        sandbox.build("p", config, netns_path="/n", host=HostFacts())
+    assert caught.value.field == f"config.linux.security_context.{field}"
