@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Final, Literal, get_type_hints
 
 import msgspec
 
@@ -73,10 +73,14 @@ class Cgroup(Section, frozen=True):
             _absolute(self.runtime_cgroup)
 
 
+NATIVE_PLUGINS: Final = ("loopback", "bridge", "ptp", "host-local", "portmap", "bandwidth", "firewall", "tuning")
+
+
 class Cni(Section, frozen=True):
     conf_dir: str = "/etc/cni/net.d"
     bin_dirs: tuple[str, ...] = ("/opt/cni/bin", "/usr/lib/cni")
-    native_plugins: tuple[str, ...] = ()
+    #: Plugins that are not executed where a network has no others.
+    native_plugins: tuple[str, ...] = NATIVE_PLUGINS
     #: Of one execution of a plugin.
     timeout: Seconds = Seconds(60)
     #: A file in Go's template language from which a configuration is made when the kubelet tells the pod CIDR, if there is none yet.
@@ -89,8 +93,9 @@ class Cni(Section, frozen=True):
             raise ValueError("bin_dirs: at least one directory, without ':' in its path")
         if self.timeout < 1:
             raise ValueError("timeout: at least one second")
-        if self.native_plugins:
-            raise ValueError("native_plugins: all plugins are executed in this version")
+        for name in self.native_plugins:
+            if name not in NATIVE_PLUGINS:
+                raise ValueError(f"native_plugins: {name[:40]!r} is none of {', '.join(NATIVE_PLUGINS)}")
 
 
 class Network(Section, frozen=True):

@@ -102,7 +102,7 @@ async def _parts(config: Config, driver: Driver, link: client.Link) -> AsyncIter
         images = Images(layout.root / "images", config.images)
         images.load()
         stack.push_async_callback(images.close)
-        network = _network(config, layout)
+        network = _network(config, layout, supervisor)
         stack.push_async_callback(network.close)
         pods = Pods(layout)
         containers = Containers(layout, pods)
@@ -138,14 +138,14 @@ def _host(driver: Driver) -> HostFacts:
     return host.detect(cgroup_version=layout.version, cgroup_driver=driver.name, controllers=controllers, swap=swap)
 
 
-def _network(config: Config, layout: Layout) -> Network:
+def _network(config: Config, layout: Layout, supervisor: Supervisor) -> Network:
     if config.network.mode == "bridge":
         from cri.network.bridge import BridgeNetwork
 
         return BridgeNetwork(layout.root / "network", subnets=config.network.subnets, boot_id=boot_id())
     from cri.network.cni.network import CniNetwork
 
-    return CniNetwork(layout.root / "network", config.network.cni)
+    return CniNetwork(layout.root / "network", config.network.cni, netlink=supervisor.pod_netlink, sysctls=supervisor.pod_sysctls)
 
 
 def _edge(config: Config, parts: Parts) -> Edge:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,12 @@ class Supervisor:
         """A new rtnetlink socket in the pod's network namespace, the caller's to close."""
         _, fds = await self._call("pod.netlink", id=pod_id)
         return fds["netlink"]
+
+    async def pod_sysctls(self, pod_id: str, write: Mapping[str, str | None]) -> tuple[dict[str, str], dict[str, int]]:
+        """Write parameters of the pod's network namespace (None: only read), by their paths below /proc/sys: what they are
+        afterwards, and the errno of each that could not be written or read."""
+        ok, _ = await self._call("pod.sysctls", id=pod_id, write=dict(write))
+        return ok["values"], ok["failed"]
 
     async def pod_sockets(self, pod_id: str) -> list[socket.socket]:
         """TCP sockets, not connected, in the pod's network namespace: some of each address family, the caller's to close."""

@@ -245,6 +245,7 @@ OPERATIONS: dict[str, Operation] = {
     "pod.adopt": Operation({"id": str, "names": list}, {"pid": int}, fds=(0, MAX_FDS), repeatable=True),
     "pod.handles": Operation(_ID, repeatable=True),
     "pod.netlink": Operation(_ID, repeatable=True),
+    "pod.sysctls": Operation({"id": str, "write": dict}, repeatable=True),
     "pod.sockets": Operation(_ID, repeatable=True),
     "pod.delete": Operation(_ID, repeatable=True),
     "container.create": Operation(

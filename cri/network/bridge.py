@@ -17,18 +17,16 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_interface
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from cri.errors import ConfigError, CriError, InvalidArgument, Unavailable
 from cri.network import nat
 from cri.network.base import PodNetwork, Result, Status
 from cri.network.ipam import Address, Interface, Reservation, Reservations, Subnet, gateway, parse_subnets
+from cri.network.netlink import Socket
 from cri.undo import Undo
 from shim.errors import Failure
 from shim.linux import path as paths
-
-if TYPE_CHECKING:
-    from cri.network.netlink import Socket
 
 T = TypeVar("T")
 
@@ -191,15 +189,15 @@ class BridgeNetwork:
             raise Failure.wrap("prepare pod network", "sysctl", error, str(file)) from None
 
     def _make_bridge(self) -> int:
-        from cri.network import netlink
+        from cri.network import messages
 
         host = self._socket()
-        self._mtu = netlink.uplink_mtu(host)
+        self._mtu = messages.uplink_mtu(host)
         gateways = [ip_interface(f"{gateway(s)}/{s.prefixlen}") for s in self._subnets]
-        (error,) = host.batch([netlink.new_bridge(self._bridge, _link_mac(g.ip for g in gateways), self._mtu)])
+        (error,) = host.batch([messages.new_bridge(self._bridge, _link_mac(g.ip for g in gateways), self._mtu)])
         if error is not None and error.errno != errno.EEXIST:
             raise Failure.wrap("prepare pod network", "create bridge", error, self._bridge)
-        index = netlink.link_index(host, self._bridge)
+        index = messages.link_index(host, self._bridge)
         self._sysctl("ipv4/ip_forward", "1")
         if (_SYSCTL / "ipv6").exists():
             # CVE-2020-10749: a pod must not become the node's IPv6 router by advertising itself
@@ -211,14 +209,14 @@ class BridgeNetwork:
 
     def _set_gateways(self, host: Socket, index: int, gateways: list[Interface]) -> None:
         """Exactly the gateways: an old subnet's goes once no pod lives in it."""
-        from cri.network import netlink
+        from cri.network import messages
 
         lived_in = {i.network for r in self._reservations.held.values() for i in r.interfaces}
-        have = {ip_interface(a) for a in netlink.addresses(host, index)}
+        have = {ip_interface(a) for a in messages.addresses(host, index)}
         stale = [a for a in have if a not in gateways and a.network not in lived_in]
-        wanted = [netlink.add_address(index, g) for g in gateways if g not in have]
+        wanted = [messages.add_address(index, g) for g in gateways if g not in have]
         try:
-            host.request(*[netlink.delete_address(index, a) for a in stale], *wanted, netlink.link_up(index))
+            host.request(*[messages.delete_address(index, a) for a in stale], *wanted, messages.link_up(index))
         except OSError as error:
             raise Failure.wrap("prepare pod network", "configure bridge", error, self._bridge) from None
 
@@ -228,21 +226,21 @@ class BridgeNetwork:
             index = socket.if_nametoindex(self._bridge)
         except OSError:
             return
-        from cri.network import netlink
+        from cri.network import messages
 
         host = self._socket()
         owned = links_of_live | {r.link for r in self._reservations.held.values()}
-        for name in netlink.ports(host, index):
+        for name in messages.ports(host, index):
             if name.startswith(_PREFIX) and name not in owned:
                 log.info("deleting link %s, which belongs to no pod", name)
-                host.batch([netlink.delete_link(name)])
+                host.batch([messages.delete_link(name)])
 
     # -- one pod
 
     def _connect(self, pod: PodNetwork, reservation: Reservation, netlink_fd: int) -> None:
-        from cri.network import netlink
+        from cri.network import messages
 
-        with netlink.Socket(netlink_fd) as inside:
+        with Socket(netlink_fd) as inside:
             self._reservations.record(reservation)
             host = self._socket()
             step, where = "open", pod.netns_path
@@ -252,18 +250,18 @@ class BridgeNetwork:
                     step, where = "create veth", reservation.link
                     address = _link_mac(i.ip for i in reservation.interfaces)
                     host.request(
-                        netlink.new_veth(reservation.link, self._index, self._mtu, POD_LINK, address, netns),
-                        netlink.port_up(reservation.link),
+                        messages.new_veth(reservation.link, self._index, self._mtu, POD_LINK, address, netns),
+                        messages.port_up(reservation.link),
                     )
                 finally:
                     os.close(netns)
                 step, where = "configure", POD_LINK
-                index = netlink.link_index(inside, POD_LINK)
+                index = messages.link_index(inside, POD_LINK)
                 inside.request(
-                    netlink.link_up(_LOOPBACK_INDEX),
-                    netlink.link_up(index),
-                    *[netlink.add_address(index, i) for i in reservation.interfaces],
-                    *[netlink.default_route(gateway(i.network), index) for i in reservation.interfaces],
+                    messages.link_up(_LOOPBACK_INDEX),
+                    messages.link_up(index),
+                    *[messages.add_address(index, i) for i in reservation.interfaces],
+                    *[messages.default_route(gateway(i.network), index) for i in reservation.interfaces],
                 )
             except OSError as error:
                 if error.errno in (errno.ENODEV, errno.EINVAL) and step == "create veth":
@@ -286,10 +284,10 @@ class BridgeNetwork:
             self._leaving.discard(pod_id)
 
     def _disconnect(self, reservation: Reservation) -> None:
-        from cri.network import netlink
+        from cri.network import messages
 
-        with netlink.Socket() as host:
-            (error,) = host.batch([netlink.delete_link(reservation.link)])
+        with Socket() as host:
+            (error,) = host.batch([messages.delete_link(reservation.link)])
         if error is not None and error.errno != errno.ENODEV:
             raise Failure.wrap("tear down pod network", "delete link", error, reservation.link)
         self._reservations.erase(reservation.pod_id)
@@ -297,10 +295,8 @@ class BridgeNetwork:
     # -- plumbing
 
     def _socket(self) -> Socket:
-        from cri.network import netlink
-
         if self._host is None:
-            self._host = netlink.Socket()
+            self._host = Socket()
         return self._host
 
     def _close(self) -> None:

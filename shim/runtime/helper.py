@@ -80,7 +80,7 @@ class Helper:
             if not self._obey(order, fds, channel):
                 return
             libc.setns(self.context.host_mntns, libc.CLONE_NEWNS)
-            if order["job"] == "pod":
+            if order["job"] in ("pod", "sysctls"):
                 for fd, flag in home.items():
                     libc.setns(fd, flag)
             process.close_all_except(ours | bus)
@@ -103,7 +103,9 @@ class Helper:
             sandbox = bundles.load_sandbox(fds[0])
             pod.Pod(context, fds[0], order["slot"]).make(sandbox, channel)
             return not {NamespaceType.USER, NamespaceType.PID} & set(sandbox.namespaces)
-        if kind == "remove cgroup":
+        if kind == "sysctls":
+            jobs.Sysctls(context, fds[0], order["write"])(channel)
+        elif kind == "remove cgroup":
             jobs.RemoveCgroup(Group.from_json(order["group"]), context.pins if order["pinned"] else None, order["pinned"])(channel)
         else:
             jobs.Unpin(order["path"])(channel)

@@ -6,7 +6,7 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ from shim.errors import Failure
 from shim.linux import libc
 from shim.oci import codec
 from shim.oci.spec import Resources
-from shim.runtime import pins, pod
+from shim.runtime import pins, pod, sysctl
 from shim.runtime.channel import Channel
+from shim.runtime.context import Context
 
 _ROUNDS = 16  # of looking for processes that were forked while the others were being killed
 
@@ -187,6 +188,43 @@ class Netlink:
             raise Failure.wrap("netlink", "setns", error) from None
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         channel.send({"ok": {"fds": ["netlink"]}}, (sock.fileno(),))
+
+
+@dataclass(frozen=True, slots=True)
+class Sysctls:
+    """Parameters of a network namespace, written in order: ``{"ok": {"values": {name: text}, "failed": {name: errno}}}``.
+
+    ``write`` gives text, or None to read only. All are tried; what a failure means is the asker's to know. Names are paths
+    below /proc/sys, so that interfaces may have dots in their names.
+    """
+
+    context: Context
+    namespace: int
+    write: Mapping[str, str | None]
+
+    @property
+    def keep(self) -> Collection[int]:
+        return {self.namespace, *self.context.fds()}
+
+    def order(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        return {"job": "sysctls", "write": dict(self.write)}, (self.namespace,)
+
+    def again(self, facts: dict[str, Any]) -> bool:
+        return True
+
+    def __call__(self, channel: Channel) -> None:
+        libc.setns(self.namespace, libc.CLONE_NEWNET)
+        values, failed = {}, {}
+        for name, text in self.write.items():
+            if not name.startswith("net/"):
+                raise Failure("sysctl", path=name, message="not a parameter of the network")
+            try:
+                if text is not None:
+                    sysctl.write(self.context.proc, name, text)
+                values[name] = sysctl.read(self.context.proc, name)
+            except OSError as error:
+                failed[name] = error.errno
+        channel.send({"ok": {"values": values, "failed": failed}})
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,22 +27,32 @@ def apply(proc: int, values: Mapping[str, str], *, owner: int = 0) -> None:
     for name, value in values.items():
         try:
             try:
-                _write(proc, name, value)
+                write(proc, file_of(name), value)
             except PermissionError:
                 if not owner:
                     raise
                 os.seteuid(owner)
                 try:
-                    _write(proc, name, value)
+                    write(proc, file_of(name), value)
                 finally:
                     os.seteuid(0)
         except OSError as error:
             raise Failure.wrap("sysctl", "write", error, name) from None
 
 
-def _write(proc: int, name: str, value: str) -> None:
-    fd = path.open_in_root(proc, f"sys/{file_of(name)}", os.O_WRONLY | os.O_CLOEXEC)
+def write(proc: int, file: str, value: str) -> None:
+    """``file`` is relative to /proc/sys."""
+    fd = path.open_in_root(proc, f"sys/{file}", os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(fd, value.encode())
+    finally:
+        os.close(fd)
+
+
+def read(proc: int, file: str) -> str:
+    """Its value without the newline at the end."""
+    fd = path.open_in_root(proc, f"sys/{file}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 4096).decode(errors="replace").removesuffix("\n")
     finally:
         os.close(fd)

@@ -84,6 +84,17 @@ async def netlink(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     return {}
 
 
+async def sysctls(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
+    """Write and read parameters of the pod's network namespace."""
+    pod = core.table.pod(request.id)
+    if "network" not in pod.fds:
+        raise Failure("sysctl", path=request.id, message="the pod has no network namespace of its own")
+    if not all(text is None or isinstance(text, str) for text in request.body["write"].values()):
+        raise Failure("sysctl", path=request.id, message="a value is not text")
+    facts, _ = await core.children.call(jobs.Sysctls(core.context, pod.fds["network"], request.body["write"]), "sysctl")
+    return facts
+
+
 async def sockets(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     """TCP sockets inside the pod's network namespace, for port-forward to connect."""
     pod = core.table.pod(request.id)

@@ -120,6 +120,7 @@ HANDLERS: dict[str, Handler] = {
     "pod.adopt": pods.adopt,
     "pod.handles": pods.handles,
     "pod.netlink": pods.netlink,
+    "pod.sysctls": pods.sysctls,
     "pod.sockets": pods.sockets,
     "pod.delete": pods.delete,
     "container.create": containers.create,

@@ -62,8 +62,10 @@ class Plugins:
         scripted.write_text(_SCRIPTED.format(python=sys.executable, here=str(directory)))
         scripted.chmod(0o755)
 
-    def environment(self, timeout: str) -> dict[str, str]:
+    def environment(self, timeout: str, native: bool) -> dict[str, str]:
         prefix = "CRI_SHIM_NETWORK_"
+        if not native:
+            return {**self.environment(timeout, True), f"{prefix}CNI_NATIVE_PLUGINS": ""}
         directories = {f"{prefix}CNI_CONF_DIR": str(self.networks), f"{prefix}CNI_BIN_DIRS": f"{self.binaries},{DEBIAN}"}
         return {f"{prefix}MODE": "cni", f"{prefix}CNI_TIMEOUT": timeout, **directories}
 
@@ -141,10 +143,10 @@ NOTHING: dict[str, Any] = {"addresses": [], "results": [], "veths": [], "rules":
 
 
 @contextlib.contextmanager
-def cni_daemon(node: Node, directory: Path, *, timeout: str = "30s", **options: Any) -> Iterator[tuple[Daemon, Plugins]]:
-    """A started daemon whose network is CNI; there is no configuration yet."""
+def cni_daemon(node: Node, directory: Path, *, timeout: str = "30s", native: bool = False, **options: Any) -> Iterator[tuple[Daemon, Plugins]]:
+    """A started daemon whose network is CNI; there is no configuration yet. Plugins are executed, or native where they can be."""
     plugins = Plugins(directory)
-    with running(node, env=plugins.environment(timeout), **options) as daemon:
+    with running(node, env=plugins.environment(timeout, native), **options) as daemon:
         yield daemon, plugins
 
 

@@ -104,12 +104,19 @@ class Versions:
         self._plugins = plugins
         self._known: dict[str, tuple[tuple[int, int], frozenset[str] | None]] = {}
 
-    async def choose(self, conf: NetworkConf) -> str:
-        """The newest version that the configuration allows and all its plugins speak."""
-        if len(conf.versions) == 1:
+    async def choose(self, conf: NetworkConf, native: frozenset[str] | None = None) -> str:
+        """The newest version that the configuration allows and all its plugins speak.
+
+        ``native`` is what our own plugins speak. Those that are installed have a say then, too: they may have to do the DEL.
+        """
+        if len(conf.versions) == 1 and (native is None or conf.versions[0] in native):
             return conf.versions[0]  # no choice: a plugin that cannot will say so
         kinds = sorted({kind for plugin in conf.plugins for kind in plugin.types})
+        if native is not None:
+            kinds = [kind for kind in kinds if self._plugins.has(kind)]
         spoken = {kind: known for kind in kinds if (known := await self._spoken(kind)) is not None}
+        if native is not None:
+            spoken["native"] = native
         chosen = choose_version(conf.versions, spoken.values())
         if not chosen:
             said = "; ".join(f"{kind}: {', '.join(sorted(known)) or 'none'}" for kind, known in spoken.items())

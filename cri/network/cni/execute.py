@@ -80,6 +80,13 @@ class Plugins:
             f'failed to find plugin "{kind}" in path [{" ".join(self._directories)}]', hint="install it, or correct bin_dirs"
         )
 
+    def has(self, kind: str) -> bool:
+        try:
+            self.find(kind)
+        except PluginFailed:
+            return False
+        return True
+
     async def run(self, kind: str, call: Call, configuration: bytes, *, timeout: float | None = None) -> bytes:
         """What the plugin printed. Raises PluginFailed and PluginTimeout; their text begins with the plugin's type."""
         limit = min(timeout or self._timeout, self._timeout)

@@ -9,6 +9,7 @@ from cri.errors import CriError
 from cri.network.cni import chain
 from cri.network.cni.conf import NetworkConf, at_least
 from cri.network.cni.execute import PluginFailed, Plugins
+from cri.network.native.chain import Native
 
 _REST = 1.0  # seconds between two questions
 
@@ -16,8 +17,8 @@ _REST = 1.0  # seconds between two questions
 class Health:
     """What the plugins of the current network said last."""
 
-    def __init__(self, plugins: Plugins, versions: chain.Versions) -> None:
-        self._plugins, self._versions = plugins, versions
+    def __init__(self, plugins: Plugins, versions: chain.Versions, native: Native) -> None:
+        self._plugins, self._versions, self._native = plugins, versions, native
         self._about: NetworkConf | None = None
         self._problem = ""
         self._asking: asyncio.Task[None] | None = None
@@ -25,6 +26,10 @@ class Health:
 
     def problem(self, conf: NetworkConf) -> str:
         """Why a pod could not be connected; empty: it can. Never waits, and asks again for the next time."""
+        options = self._native.options(conf)
+        if options is not None:
+            self.close()
+            return self._native.problem(conf, options)
         try:
             for plugin in conf.plugins:
                 for kind in plugin.types:

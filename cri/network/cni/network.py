@@ -25,6 +25,7 @@ from cri.network.cni.exclusion import Gate
 from cri.network.cni.execute import Plugins
 from cri.network.cni.health import Health
 from cri.network.cni.watch import Watch
+from cri.network.native.chain import Native, Netlink, Parameters
 from cri.state import failpoints
 from cri.undo import Undo
 from shim.errors import Failure
@@ -44,7 +45,7 @@ log = logging.getLogger("cri.network")
 class CniNetwork:
     """``directory`` is ``root/network``."""
 
-    def __init__(self, directory: Path, config: Cni) -> None:
+    def __init__(self, directory: Path, config: Cni, *, netlink: Netlink | None = None, sysctls: Parameters | None = None) -> None:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._config = config
@@ -52,7 +53,8 @@ class CniNetwork:
         self._watch = Watch(Path(config.conf_dir))
         self._plugins = Plugins(config.bin_dirs, config.timeout)
         self._versions = chain.Versions(self._plugins)
-        self._health = Health(self._plugins, self._versions)
+        self._native = Native(config.native_plugins, config.timeout, netlink, sysctls)
+        self._health = Health(self._plugins, self._versions, self._native)
         self._gate = Gate()
         self._cidrs = self._recorded_cidrs()
         self._inherited = self._cache.pods()  # their plugins may still run
@@ -79,12 +81,12 @@ class CniNetwork:
             raise Unavailable(f"set up pod network: {error}") from None
         attachment = self._attachment(pod, conf.name)
         await self.teardown(pod)  # of an attempt that was interrupted
-        version = await self._versions.choose(conf)
+        version = await self._choose(conf)
         attachment.config = conf.encode(version)
         async with Undo("set up pod network") as undo:
             undo.push("DEL", lambda: self.teardown(pod), timeout=self._patience(conf))
             async with self._gate.shared():
-                ips = await self._add(conf, attachment)
+                ips = await self._add(conf, attachment, pod)
         detail = {"network": conf.name, "configuration": conf.source, "cniVersion": version, "cniResult": attachment.result}
         return Result(ips=ips, raw=detail)
 
@@ -99,12 +101,20 @@ class CniNetwork:
             capability_args=arguments.capabilities(pod, self._cidrs),
         )
 
-    async def _add(self, conf: NetworkConf, attachment: Attachment) -> tuple[str, ...]:
+    async def _choose(self, conf: NetworkConf) -> str:
+        options = self._native.options(conf)
+        return await self._versions.choose(conf, self._native.versions(options) if options is not None else None)
+
+    async def _add(self, conf: NetworkConf, attachment: Attachment, pod: PodNetwork) -> tuple[str, ...]:
         failpoints.hit("add network", "intent")
         self._cache.write(attachment)
         network = attachment.network()
         assert network is not None, "it has just been encoded"
-        attachment.result = await chain.add(self._plugins, network, attachment)
+        options = self._native.options(network)
+        if options is not None and pod.netlink is not None:
+            attachment.result = await self._native.add(network, options, attachment, pod.netlink)
+        else:
+            attachment.result = await chain.add(self._plugins, network, attachment)
         failpoints.hit("add network", "result")
         try:
             ips = result.addresses(attachment.result, INTERFACE)
@@ -163,6 +173,7 @@ class CniNetwork:
         await asyncio.gather(*tasks, return_exceptions=True)
         for fd in self._kept.values():
             os.close(fd)
+        await self._native.close()
         self._cache.close()
 
     # -- DEL
@@ -197,8 +208,12 @@ class CniNetwork:
         if conf is None or (attachment.result is None and attempt > _DESPERATE and attempt % 2):
             # The record is torn; or no ADD succeeded and DEL keeps failing: a configuration that was wrong may have been corrected since.
             conf = self._current(attachment.network_name)
+        options, netns = self._native.options(conf), self._namespace(attachment.netns)
         try:
-            await chain.delete(self._plugins, conf, attachment, self._namespace(attachment.netns))
+            if options is not None:
+                await self._native.delete(conf, options, attachment, netns)
+            else:
+                await chain.delete(self._plugins, conf, attachment, netns)
         except CriError as error:
             self._keep_namespace(attachment.netns)
             if not error.hint:
@@ -251,11 +266,15 @@ class CniNetwork:
     # -- GC and CHECK
 
     async def _collect(self, conf: NetworkConf) -> None:
-        version = await self._versions.choose(conf)
+        version, options = await self._choose(conf), self._native.options(conf)
         async with self._gate.alone():
             # those that could not be deleted, too: GC is no substitute for DEL
             valid = [a for a in self._cache.all(self._cache.pods()) if a.network_name == conf.name]
-            for error in await chain.collect(self._plugins, conf, version, valid):
+            if options is not None:
+                failures = await self._native.collect(conf, options, version, {(a.container_id, a.if_name) for a in valid})
+            else:
+                failures = await chain.collect(self._plugins, conf, version, valid)
+            for error in failures:
                 log.error("network garbage: %s", error)
 
     async def _check_all(self, pods: Collection[str]) -> None:
@@ -271,8 +290,12 @@ class CniNetwork:
         for attachment in self._cache.of(pod_id):
             conf = attachment.network()
             if conf is not None:
+                options = self._native.options(conf)
                 async with self._gate.shared():
-                    await chain.check(self._plugins, conf, attachment)
+                    if options is not None:
+                        await self._native.check(conf, options, attachment)
+                    else:
+                        await chain.check(self._plugins, conf, attachment)
 
     # -- plumbing
 

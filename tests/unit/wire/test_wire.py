@@ -200,6 +200,7 @@ def test_another_user_is_refused() -> None:
 
 GOOD: dict[str, dict[str, Any]] = {
     "pod.netlink": {"id": "a"},
+    "pod.sysctls": {"id": "a", "write": {"net/ipv4/ip_forward": None}},
     "container.kill": {"id": "a", "signal": 9, "all": True},
     "exec.kill": {"id": "a", "signal": 15, "tree": False},
     "hello": {"version": 1},

@@ -1,0 +1,129 @@
+"""What a native plugin works with: one operation on one attachment, the node's netlink, the pod's, and the rules to be."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cri.network.native.rules import Iptables, Plan
+from cri.network.netlink import Socket
+
+T = TypeVar("T")
+Sysctls = Callable[[Mapping[str, str | None]], Awaitable[tuple[dict[str, str], dict[str, int]]]]
+
+_SYSCTL = Path("/proc/sys")
+_CHAIN_MAX = 28
+
+
+class Host:
+    """The node's side. Netlink blocks, so it happens in threads: one for all that makes something, which the kernel serializes anyway,
+    several for deleting links, where a request sleeps for 17 ms without any lock (see cri/network/bridge.py)."""
+
+    def __init__(self) -> None:
+        self._maker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cni")
+        self._deleters = ThreadPoolExecutor(max_workers=10, thread_name_prefix="cni-delete")
+        self._socket: Socket | None = None  # the maker's
+        self.iptables = {4: Iptables(4), 6: Iptables(6)}
+
+    async def make(self, function: Callable[[Socket], T]) -> T:
+        return await self._run(self._maker, lambda: function(self._own()))
+
+    async def delete(self, function: Callable[[Socket], T]) -> T:
+        def alone() -> T:
+            with Socket() as sock:
+                return function(sock)
+
+        return await self._run(self._deleters, alone)
+
+    def _own(self) -> Socket:
+        if self._socket is None:
+            self._socket = Socket()
+        return self._socket
+
+    async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+        """To its end, also if the caller is cancelled: a DEL that follows must not overtake it."""
+        work = asyncio.get_running_loop().run_in_executor(threads, function)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            if not work.cancelled():
+                work.exception()
+            raise
+
+    async def close(self) -> None:
+        for threads in (self._maker, self._deleters):
+            await asyncio.get_running_loop().run_in_executor(None, threads.shutdown)
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+@dataclass(slots=True)
+class Call:
+    """``runtime`` has the capability arguments that the plugin at work declares; ``netns`` is empty if the namespace is gone."""
+
+    network: str
+    container_id: str
+    if_name: str
+    netns: str
+    version: str
+    host: Host
+    patience: float
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    plans: dict[int, Plan] = field(default_factory=lambda: {4: Plan(), 6: Plan()})
+    sysctls: Sysctls | None = None
+    netlink: Callable[[], Awaitable[int]] | None = None
+    _inside: Socket | None = None
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        return self.container_id, self.if_name
+
+    def hashed(self, prefix: str, length: int = _CHAIN_MAX) -> str:
+        """A name of this attachment on this network, as CNI's plugins make it."""
+        return (prefix + hashlib.sha512(f"{self.network}{self.container_id}".encode()).hexdigest())[:length]
+
+    async def inside(self) -> Socket:
+        """A socket in the pod's namespace."""
+        if self._inside is None:
+            if self.netlink is None:
+                raise ValueError("no netlink socket in the pod's namespace")
+            self._inside = Socket(await self.netlink())
+        return self._inside
+
+    async def parameters(self, write: Mapping[str, str | None]) -> tuple[dict[str, str], dict[str, int]]:
+        """Write and read parameters of the pod's namespace."""
+        if self.sysctls is None:
+            raise ValueError("no way into the pod's namespace")
+        return await self.sysctls(write)
+
+    def namespace(self) -> int:
+        """A descriptor of the pod's namespace; -1 if it is gone."""
+        return os.open(self.netns, os.O_RDONLY | os.O_CLOEXEC) if self.netns else -1
+
+    def close(self) -> None:
+        if self._inside is not None:
+            self._inside.close()
+            self._inside = None
+
+
+def node_sysctl(name: str, value: str) -> None:
+    """A parameter of the node; one that is right already is not written (read-only /proc/sys). Raises OSError."""
+    file = _SYSCTL / name
+    if file.read_text().strip() != value:
+        file.write_text(value)
+
+
+def own_routes(link: str) -> None:
+    """CVE-2020-10749: no router advertisement changes a link of ours. There is nothing to do without IPv6."""
+    try:
+        node_sysctl(f"net/ipv6/conf/{link}/accept_ra", "0")
+    except FileNotFoundError:
+        return
