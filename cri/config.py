@@ -165,6 +165,8 @@ class Handler(Section, frozen=True):
     unprivileged_icmp: bool = True
     #: RLIMIT_X to (soft, hard); the others are those that the daemon was started with.
     rlimits: dict[str, tuple[int, int]] = {}
+    #: A config.json (whole or partial) for what neither a request nor cri-shim says: mounts, limits, hooks, variables, devices, sysctls.
+    base_runtime_spec: str = ""
     #: Exact names of annotations that are copied into the OCI specification.
     pod_annotations: tuple[str, ...] = ()
     container_annotations: tuple[str, ...] = ()
@@ -173,6 +175,8 @@ class Handler(Section, frozen=True):
         for name, (soft, hard) in self.rlimits.items():
             if not _RLIMIT.fullmatch(name) or not 0 <= soft <= hard < 2**63:
                 raise ValueError(f"rlimits: want RLIMIT_NAME = [soft, hard] with soft <= hard, got {name} = [{soft}, {hard}]")
+        if self.base_runtime_spec:
+            _absolute(self.base_runtime_spec)
         if self.exec_cpu_affinity not in ("", "first"):
             raise ValueError(f'exec_cpu_affinity: want "" or "first", got {self.exec_cpu_affinity!r}')
         if self.unset_seccomp_profile not in ("", "unconfined", "runtime/default"):
@@ -185,11 +189,15 @@ class Runtime(Section, frozen=True):
     #: Devices by name, described in files below ``cdi_spec_dirs`` (Container Device Interface); later directories win.
     enable_cdi: bool = True
     cdi_spec_dirs: tuple[str, ...] = ("/etc/cdi", "/var/run/cdi")
+    #: Block I/O classes by name (YAML, goresctrl's format), which the annotations of containers and pods ask for.
+    blockio_config_file: str = ""
+    #: Without that file: annotations that ask for a class are ignored, instead of failing the container.
+    ignore_blockio_not_enabled_errors: bool = False
     #: RuntimeClass handler name to settings; "" is the default handler and always exists.
     handlers: dict[str, Handler] = {}
 
     def __post_init__(self) -> None:
-        for path in self.cdi_spec_dirs:
+        for path in (*self.cdi_spec_dirs, *filter(None, (self.blockio_config_file,))):
             _absolute(path)
         for name in self.handlers:
             if not _HANDLER_NAME.fullmatch(name):

@@ -12,12 +12,15 @@ import msgspec
 
 from cri import __version__
 from cri.cdi.registry import Registry as CdiRegistry
-from cri.config import Config
-from cri.errors import InvalidArgument
+from cri.config import Config, Handler
+from cri.containers.blockio import ClassFile
+from cri.errors import FailedPrecondition, InvalidArgument, StartError
 from cri.network.base import Network
+from cri.spec import base
 from cri.spec.inputs import HandlerConfig, HostFacts
 from cri.supervisor import Supervisor
 from protos.runtime.v1 import api_pb2 as v1
+from shim.errors import Failure
 from shim.oci.spec import Rlimit
 
 NAME: Final = "cri-shim"
@@ -32,16 +35,40 @@ class Node:
     host: HostFacts
     handlers: Mapping[str, HandlerConfig]  # by name; "" is the default and always there
     cdi: CdiRegistry | None  # None: switched off
+    blockio: ClassFile
 
     @classmethod
     def of(cls, config: Config, host: HostFacts) -> Node:
-        handlers = {}
-        for name, handler in config.runtime.handlers.items():
-            settings = msgspec.structs.asdict(handler)
-            settings["rlimits"] = tuple(Rlimit(kind, soft, hard) for kind, (soft, hard) in handler.rlimits.items())
-            handlers[name] = HandlerConfig(**settings)
-        cdi = CdiRegistry(config.runtime.cdi_spec_dirs) if config.runtime.enable_cdi else None
-        return cls(config, host, handlers, cdi)
+        """Raises StartError for what the configuration names and cannot be used."""
+        runtime = config.runtime
+        handlers = {name: _handler(name, handler, host) for name, handler in runtime.handlers.items()}
+        cdi = CdiRegistry(runtime.cdi_spec_dirs) if runtime.enable_cdi else None
+        classes = ClassFile(runtime.blockio_config_file, ignore_missing=runtime.ignore_blockio_not_enabled_errors)
+        try:
+            classes.load()
+        except FailedPrecondition as error:
+            raise StartError(f"runtime.blockio_config_file: {error}") from None
+        return cls(config, host, handlers, cdi, classes)
+
+
+def _handler(name: str, handler: Handler, host: HostFacts) -> HandlerConfig:
+    settings = msgspec.structs.asdict(handler)
+    path = settings.pop("base_runtime_spec")
+    settings["rlimits"] = tuple(Rlimit(kind, soft, hard) for kind, (soft, hard) in handler.rlimits.items())
+    where = 'runtime.handlers.""' if not name else f"runtime.handlers.{name}"
+    if path:
+        try:
+            settings["base"] = base.parse(host.read(path))
+        except OSError as error:
+            raise StartError(f"{where}.base_runtime_spec: {path}: {error.strerror}") from None
+        except Failure as failure:
+            raise StartError(f"{where}.base_runtime_spec: {path}: {failure}") from None
+    made = HandlerConfig(**settings)
+    most = int(host.read("/proc/sys/fs/nr_open")) if made.rlimits or made.base else 0
+    for limit in (*made.rlimits, *(made.base.process.rlimits if made.base else ())):
+        if limit.type == "RLIMIT_NOFILE" and limit.hard > most:
+            raise StartError(f"{where}: RLIMIT_NOFILE {limit.hard} is above this kernel's fs.nr_open, {most}")
+    return made
 
 
 def version() -> v1.VersionResponse:

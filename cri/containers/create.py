@@ -201,6 +201,7 @@ class _Maker:
                 volumes=volumes,
                 image_mounts=image_mounts,
                 cdi=edits,
+                block_io=self.node.blockio.of(self.config, self.pod.config),
                 host=self.node.host,
                 # A handler that has left the configuration since the pod began: its containers get the defaults.
                 handler=self.node.handlers.get(self.pod.facts.runtime_handler, self.node.handlers[""]),

@@ -25,7 +25,8 @@ class Found:
 
 
 def find(config: v1.ContainerConfig, images: Images) -> list[Found]:
-    """The image of every mount that wants one. Raises ImageVolumeMountFailed for one that is not on this node."""
+    """The image of every mount that wants one. Raises ImageVolumeMountFailed for one that is not on this node, and
+    SignatureValidationFailed for one that the policy forbids."""
     found = []
     for i, mount in enumerate(config.mounts):
         field = f"config.mounts[{i}]"
@@ -35,6 +36,7 @@ def find(config: v1.ContainerConfig, images: Images) -> list[Found]:
         image = images.get(mount.image.image)
         if image is None:
             raise ImageVolumeMountFailed(f"{field}.image: {mount.image.image!r:.200} is not on this node", hint="pull it first")
+        images.require_trusted(image, _name(mount.image))
         images.require_trusted(image, _name(mount.image))
         found.append(Found(field, strings.clean(mount.container_path), image, mount.image_sub_path, _name(mount.image)))
     return found

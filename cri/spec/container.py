@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cri.errors import InvalidArgument
-from cri.spec import cdi, cgroups, devices, files, mounts, namespaces, process, resources, seccomp, security, strings
+from cri.spec import base, cdi, cgroups, devices, files, mounts, namespaces, process, resources, seccomp, security, strings
 from cri.spec.inputs import ContainerInputs
 from protos.runtime.v1 import api_pb2 as v1
 from shim.oci import spec as oci
@@ -40,7 +40,7 @@ def build(inputs: ContainerInputs) -> oci.Spec:
             gid_mappings=users[1:] if users is not None else (),
             devices=nodes,
             cgroups_path=cgroups.path(inputs.pod.linux.cgroup_parent, inputs.container_id, inputs.host.cgroup_driver),
-            resources=resources.build(config.linux.resources, inputs.host, devices=rules),
+            resources=resources.build(config.linux.resources, inputs.host, devices=rules, block_io=inputs.block_io),
             rootfs_propagation=mounted.rootfs_propagation,
             seccomp=seccomp.with_notifier(
                 security.seccomp(context, capabilities, inputs.host, inputs.handler), inputs.pod.annotations, inputs.handler.pod_annotations
@@ -49,6 +49,8 @@ def build(inputs: ContainerInputs) -> oci.Spec:
             readonly_paths=security.readonly_paths(config.linux),
         ),
     )
+    if inputs.handler.base is not None:
+        spec = base.under(inputs.handler.base, spec)
     return cdi.apply(spec, inputs.cdi, inputs.host)
 
 

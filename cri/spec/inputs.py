@@ -64,6 +64,7 @@ class HandlerConfig:
     unprivileged_icmp: bool = True  # and ping sockets
     rlimits: tuple[oci.Rlimit, ...] = ()  # empty: those of the supervisor at its start
     hooks: oci.Hooks | None = None  # not in the configuration file
+    base: oci.Spec | None = None  # see cri.spec.base
     pod_annotations: tuple[str, ...] = ()  # exact names (CVE-2023-6476: never prefixes) copied into the spec
     container_annotations: tuple[str, ...] = ()
 
@@ -93,3 +94,4 @@ class ContainerInputs:
     volumes: Mapping[str, str] = field(default_factory=dict)  # VOLUME of the image to a directory of ours
     image_mounts: Mapping[str, str] = field(default_factory=dict)  # destination of an image volume to the image's id
     cdi: tuple[Edits, ...] = ()  # of the request's CDI devices
+    block_io: oci.BlockIO | None = None  # of the container's class

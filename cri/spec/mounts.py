@@ -50,9 +50,16 @@ def build(inputs: ContainerInputs) -> Mounts:
     for mount in (*_files(inputs), *_shm(inputs), *_volumes(inputs.volumes)):
         if mount.destination not in taken:
             extra.setdefault(mount.destination, _of_the_pod(mount, users))
+    usual = {m.destination: m for m in DEFAULTS}
+    for mount in inputs.handler.base.mounts if inputs.handler.base is not None else ():
+        destination = strings.clean(mount.destination)
+        if destination in usual:
+            usual[destination] = mount
+        elif destination not in taken:
+            extra.setdefault(destination, mount)
     merged = sorted((*requested, *extra.values()), key=lambda m: _depth(m.destination))
     taken |= extra.keys()
-    defaults = [m for m in DEFAULTS if m.destination not in taken and not ("/dev" in taken and m.destination.startswith("/dev/"))]
+    defaults = [m for m in usual.values() if m.destination not in taken and not ("/dev" in taken and m.destination.startswith("/dev/"))]
     if context.privileged:
         defaults = [_writable(m) for m in defaults]
     return Mounts((*defaults, *merged), _root_propagation(inputs.config.mounts))

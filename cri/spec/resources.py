@@ -24,6 +24,7 @@ def build(
     host: HostFacts,
     *,
     devices: tuple[oci.DeviceCgroup, ...] = (),
+    block_io: oci.BlockIO | None = None,
     field: str = "config.linux.resources",
 ) -> oci.Resources:
     """The limits of a request. Zero and empty mean "not set", as everywhere in CRI; -1 is "no limit" for quota, memory and swap."""
@@ -48,6 +49,7 @@ def build(
         devices=devices,
         memory=memory if memory != oci.Memory() else None,
         cpu=cpu if cpu != oci.CPU() else None,
+        block_io=block_io,
         hugepage_limits=tuple(oci.HugepageLimit(size, number) for size, number in pages.items()),
         unified=dict(wanted.unified),
     )
