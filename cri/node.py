@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +26,7 @@ from shim.errors import Failure
 from shim.oci.spec import Rlimit
 
 NAME: Final = "cri-shim"
+PATIENCE: Final = 2.0  # seconds that Status waits for what is about to be known
 _KUBE_VERSION: Final = "0.1.0"  # of the kubelet's own version negotiation; every runtime answers so
 
 
@@ -76,9 +79,13 @@ def version() -> v1.VersionResponse:
     return v1.VersionResponse(version=_KUBE_VERSION, runtime_name=NAME, runtime_version=__version__, runtime_api_version="v1")
 
 
-def status(node: Node, *, verbose: bool, supervisor: Supervisor, network: Network) -> v1.StatusResponse:
+async def status(node: Node, *, verbose: bool, supervisor: Supervisor, network: Network) -> v1.StatusResponse:
     """RuntimeReady and NetworkReady, what each handler can do, and with ``verbose`` the effective configuration."""
-    alive = supervisor.pid > 0
+    # A kubelet that hears "not ready" starts no pods until it asks again, five seconds later: right after a start of ours, or while a
+    # supervisor is being replaced, the answer is worth waiting for.
+    deadline = time.monotonic() + PATIENCE
+    while (not (alive := supervisor.pid > 0) or network.status().pending) and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
     connected = network.status()
     users = not node.host.no_user_namespaces
     response = v1.StatusResponse(

@@ -60,7 +60,7 @@ class RuntimeService(api_pb2_grpc.RuntimeServiceServicer):
         return node.version()
 
     async def Status(self, request: v1.StatusRequest, context: Context) -> v1.StatusResponse:
-        return node.status(self._p.node, verbose=request.verbose, supervisor=self._p.supervisor, network=self._p.network)
+        return await node.status(self._p.node, verbose=request.verbose, supervisor=self._p.supervisor, network=self._p.network)
 
     async def RuntimeConfig(self, request: v1.RuntimeConfigRequest, context: Context) -> v1.RuntimeConfigResponse:
         return node.runtime_config(self._p.node)

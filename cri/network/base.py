@@ -40,11 +40,12 @@ class Result:
 
 
 class Status(NamedTuple):
-    """The NetworkReady condition of the CRI Status call."""
+    """The NetworkReady condition of the CRI Status call. ``pending``: the first answer since the start is about to be known."""
 
     ready: bool
     reason: str = ""
     message: str = ""
+    pending: bool = False
 
 
 class Network(Protocol):

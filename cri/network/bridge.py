@@ -35,6 +35,7 @@ POD_LINK = "eth0"
 _PREFIX = "csv"
 _CIDR_FILE = "pod_cidr"
 _SYSCTL = Path("/proc/sys/net")
+_UNTRIED = "not prepared yet"
 _LOOPBACK_INDEX = 1  # the first link of every network namespace
 
 log = logging.getLogger("cri.network")
@@ -72,7 +73,7 @@ class BridgeNetwork:
         self._host: Socket | None = None  # the maker's
         self._index = 0  # of the bridge; 0: not prepared yet
         self._mtu = 1500
-        self._problem = "not prepared yet"
+        self._problem = _UNTRIED
         self._repair: asyncio.Task[None] | None = None
         self._leaving: set[str] = set()  # pods whose host ports must not lead anywhere any more
 
@@ -84,7 +85,7 @@ class BridgeNetwork:
         # a node that is not ready gets no pods, so nothing but the kubelet's next question would ever try again
         if self._repair is None or self._repair.done():
             self._repair = asyncio.get_running_loop().create_task(self._try_to_prepare())
-        return Status(False, "NetworkPluginNotReady", f"built-in bridge network: {self._problem}")
+        return Status(False, "NetworkPluginNotReady", f"built-in bridge network: {self._problem}", pending=self._problem is _UNTRIED)
 
     async def setup(self, pod: PodNetwork) -> Result:
         if pod.netlink is None:

@@ -85,6 +85,18 @@ class LogFile:
         os.close(self._fd)
         self._fd = fd
 
+    def discard_empty(self) -> None:
+        """Unlink the file if nothing was ever written to it and the path still names it. Raises OSError."""
+        if self._fd < 0:
+            return
+        mine = os.fstat(self._fd)
+        try:
+            there = os.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if mine.st_size == 0 and (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+            os.unlink(self.path)
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

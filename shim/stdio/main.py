@@ -348,7 +348,11 @@ class Stdio:
             for fd in sink.inputs.values():
                 os.close(fd)
             self._failing.discard(sink)
-            sink.log.close()
+            try:
+                if body.get("unused"):
+                    sink.log.discard_empty()
+            finally:
+                sink.log.close()
         return {}
 
     # ---- ends

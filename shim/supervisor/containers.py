@@ -182,7 +182,8 @@ async def _discard(core: Core, logs: Logs, container: Container) -> None:
     """Let go of everything that is held of it."""
     del core.table.containers[container.id]
     unwatch_oom(core, container)
-    removed = logs.ask("remove", container.id)
+    # A log of a container that never ran would be counted as a restart: the kubelet numbers its next attempt by the files it finds.
+    removed = logs.ask("remove", container.id, unused=not container.started_at)
     container.close()
     await core.loop.within(removed, 2.0)
 

@@ -140,3 +140,24 @@ def test_a_log_below_a_directory_that_does_not_exist_yet(daemon: Daemon, pod: Po
 def test_a_terminal_has_one_stream(daemon: Daemon, pod: Pod, busybox: str) -> None:
     found = finished(daemon, pod, busybox, "sh", "-c", "[ -t 1 ] && echo tty; echo err >&2", tty=True)
     assert [(s, c.rstrip("\r")) for s, _, c in found] == [("stdout", "tty"), ("stdout", "err")]
+
+
+def test_a_container_that_never_ran_leaves_no_log(daemon: Daemon, pod: Pod, busybox: str) -> None:
+    """The kubelet numbers a container's next attempt by the log files it finds: a create that fails would count as a restart."""
+    directory = Path(pod[1].log_directory)
+    with pytest.raises(grpc.RpcError):
+        daemon.create(pod, busybox, "true", working_dir="/etc/passwd", log_path="failed/0.log")
+    assert os.listdir(directory / "failed") == []
+    container = daemon.create(pod, busybox, "true", log_path="unused/0.log")
+    daemon.runtime.RemoveContainer(v1.RemoveContainerRequest(container_id=container), timeout=10)
+    assert os.listdir(directory / "unused") == []
+    # the log of one that ran stays, even empty, and so does what is not ours
+    container = daemon.run(pod, busybox, "true", log_path="used/0.log")
+    daemon.wait_exit(container)
+    daemon.runtime.RemoveContainer(v1.RemoveContainerRequest(container_id=container), timeout=10)
+    assert os.listdir(directory / "used") == ["0.log"]
+    container = daemon.create(pod, busybox, "true", log_path="moved/0.log")
+    (directory / "moved/0.log").rename(directory / "moved/old.log")
+    (directory / "moved/0.log").write_bytes(b"")
+    daemon.runtime.RemoveContainer(v1.RemoveContainerRequest(container_id=container), timeout=10)
+    assert sorted(os.listdir(directory / "moved")) == ["0.log", "old.log"]

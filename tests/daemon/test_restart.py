@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -265,3 +266,29 @@ def test_a_graceful_end_touches_no_container(daemon: Daemon, busybox: str) -> No
     with pytest.raises(grpc.RpcError):
         daemon.exec("nope", "true")
     remove_all(daemon)
+
+
+@pytest.mark.parametrize("killed", ["daemon", "supervisor"])
+def test_the_first_status_after_a_kill_says_ready(daemon: Daemon, killed: str) -> None:
+    """A kubelet that hears "not ready" once calls the node NotReady, and starts no pod until it asks again."""
+    for _ in range(3):
+        if killed == "daemon":
+            daemon.kill()
+            process = daemon.spawn()
+            wait_for("the socket", lambda: _answers(daemon), step=0.001)
+            daemon.process = process
+        else:
+            daemon.kill_supervisor()
+        conditions = daemon.runtime.Status(v1.StatusRequest(), timeout=10).status.conditions
+        assert {c.type: c.status for c in conditions} == {"RuntimeReady": True, "NetworkReady": True}, conditions
+
+
+def _answers(daemon: Daemon) -> bool:
+    """Whether somebody listens now: a file of the killed daemon may still be there."""
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(daemon.socket))
+    except OSError:
+        return False
+    daemon.connect()
+    return True

@@ -13,7 +13,7 @@ import pytest
 
 from cri.config import Cni
 from cri.errors import CriError
-from cri.network.base import Network, PodNetwork, Result
+from cri.network.base import Network, PodNetwork, Result, Status
 from cri.network.bridge import BridgeNetwork
 from cri.network.cni.network import CniNetwork
 from protos.runtime.v1 import api_pb2 as v1
@@ -104,7 +104,7 @@ def suite(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Suite]:
 def test_ready(suite: Suite) -> None:
     async def body(network: Network) -> None:
         await network.recover(())
-        assert network.status() == (True, "", "")
+        assert network.status() == Status(True)
 
     suite.use(body)
 

@@ -54,6 +54,11 @@ class Health:
         if conf is self._about:
             self._problem, self._answered, self._asking = problem, time.monotonic(), None
 
+    @property
+    def pending(self) -> bool:
+        """The plugins have been asked for the first time and have not answered."""
+        return self._asking is not None and not self._answered
+
     def close(self) -> None:
         if self._asking is not None:
             self._asking.cancel()

@@ -72,7 +72,9 @@ class CniNetwork:
         except ConfError as error:
             problem = str(error)
         # containerd's words, by which the kubelet's message is known: "container runtime network not ready: NetworkReady=false reason:…"
-        return Status(False, "NetworkPluginNotReady", f"Network plugin returns error: {problem}") if problem else Status(True)
+        if not problem:
+            return Status(True)
+        return Status(False, "NetworkPluginNotReady", f"Network plugin returns error: {problem}", pending=self._health.pending)
 
     async def setup(self, pod: PodNetwork) -> Result:
         try:
