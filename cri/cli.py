@@ -64,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("--quiet", "-q", action="store_true", help="print the image id only")
     pull.add_argument("image")
 
+    image = commands.add_parser("image", help="list, remove, show, import and export images")
+    _image_options(image.add_subparsers(required=True, metavar="VERB", dest="verb"))
+
     version = commands.add_parser("version", help="print versions of this program and of the daemon")
     _client(version, _version)
     return parser
@@ -88,6 +91,24 @@ def _run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--quiet", "-q", action="store_true", help="no pull progress")
     run.add_argument("image")
     run.add_argument("cmd", nargs=argparse.REMAINDER, metavar="CMD", help="arguments for the image's entrypoint, or the command")
+
+
+def _image_options(verbs: Any) -> None:
+    ls = verbs.add_parser("ls", help="list images")
+    ls.add_argument("--quiet", "-q", action="store_true", help="ids only")
+    for verb, text in (("rm", "remove images, with all their names"), ("inspect", "show images as JSON")):
+        verbs.add_parser(verb, help=text).add_argument("image", nargs="+", help="name, id or the beginning of an id")
+    load = verbs.add_parser("import", help="import OCI layouts (directories or tar files) and docker archives")
+    load.add_argument("--name", default="", help="repository, or repository:tag, instead of the names in the archive")
+    load.add_argument("file", nargs="+")
+    description = "Layers are put together anew from what is unpacked, so the image in the archive may have another id."
+    save = verbs.add_parser("export", help="write an image to an archive", description=description)
+    save.add_argument("--format", choices=("oci-archive", "oci-dir", "docker-archive"), default="oci-archive")
+    save.add_argument("--compression", choices=("gzip", "zstd", "none"), default="gzip", help="of layers; a docker archive has none")
+    save.add_argument("image")
+    save.add_argument("file")
+    for parser in verbs.choices.values():
+        _client(parser, _image)
 
 
 def _configured(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
@@ -151,6 +172,12 @@ def _pull(arguments: argparse.Namespace) -> int:
     from cri.commands import pull
 
     return pull.main(_socket(arguments), arguments.image, creds=arguments.creds, quiet=arguments.quiet)
+
+
+def _image(arguments: argparse.Namespace) -> int:
+    from cri.commands import image
+
+    return image.main(_socket(arguments), arguments)
 
 
 def _version(arguments: argparse.Namespace) -> int:

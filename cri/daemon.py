@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cri import startup
 from cri.api import server
+from cri.api.archive import ArchiveService
 from cri.api.image import ImageService
 from cri.api.interceptor import Edge, Observer
 from cri.api.runtime import Parts, RuntimeService
@@ -41,6 +42,7 @@ from cri.stats.layers import Layers
 from cri.stats.meters import Meters
 from cri.streaming.server import Server as StreamingServer
 from cri.supervisor import Supervisor
+from protos.people.v1 import people_pb2 as people
 from protos.runtime.v1 import api_pb2 as v1
 from shim import client
 from shim.cgroups import layout as cgroups
@@ -69,6 +71,7 @@ async def _serve(config: Config, driver: Driver, link: client.Link) -> None:
         table = {
             **edge.handlers(RuntimeService(parts), services["RuntimeService"]),
             **edge.handlers(ImageService(parts.images, parts.node.handlers), services["ImageService"]),
+            **edge.handlers(ArchiveService(parts.images), people.DESCRIPTOR.services_by_name["ArchiveService"]),
         }
         recovery.load()
         listening = await server.listen(config.socket, table)

@@ -11,8 +11,9 @@ from pathlib import Path
 from cri.images.hosts import Endpoint
 from cri.images.manifest import Descriptor
 from cri.images.progress import LayerProgress, Phase, Progress
-from cri.images.registry import Attempt, EndpointError, Registry
+from cri.images.registry import Attempt, EndpointError
 from cri.images.snapshots import Snapshots
+from cri.images.source import Source
 from cri.images.unpack import Feed, Limits, Unpacked, Unpacker
 from shim.errors import Failure
 
@@ -33,13 +34,13 @@ class Layer:
     number: int = 0
 
 
-async def fetch(layer: Layer, registry: Registry, unpacker: Unpacker, snapshots: Snapshots, limits: Limits) -> None:
+async def fetch(layer: Layer, source: Source, unpacker: Unpacker, snapshots: Snapshots, limits: Limits) -> None:
     """Download and unpack until the bytes are right or every endpoint has served wrong ones; sets ``layer.path``."""
     avoid: frozenset[str] = frozenset()
     while True:
         path = snapshots.begin(layer.chain_id)
         try:
-            sources = await _attempt(layer, path, registry, unpacker, limits, avoid)
+            sources = await _attempt(layer, path, source, unpacker, limits, avoid)
         except Failure as error:
             where = f"{layer.descriptor.digest} {error.path}".strip()
             raise Failure("unpack layer", error.operation, errno=error.errno, path=where, message=error.message) from error
@@ -52,14 +53,14 @@ async def fetch(layer: Layer, registry: Registry, unpacker: Unpacker, snapshots:
 
 
 async def _attempt(
-    layer: Layer, path: Path, registry: Registry, unpacker: Unpacker, limits: Limits, avoid: frozenset[str]
+    layer: Layer, path: Path, source: Source, unpacker: Unpacker, limits: Limits, avoid: frozenset[str]
 ) -> frozenset[str]:
     """Set ``layer.path`` if the digest was right; else return the endpoints that the wrong bytes came from."""
     layer.progress.phase = Phase.DOWNLOADING
     feed = await unpacker.unpack(path / "fs", layer.descriptor.size, layer.diff_id.partition(":")[0], limits)
     try:
         sink = _Sink(layer, feed)
-        await registry.stream_blob(layer.descriptor.digest, sink, avoid)
+        await source.stream_blob(layer.descriptor.digest, sink, avoid)
         feed.close()
         if not sink.verified():
             return sink.sources

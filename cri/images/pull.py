@@ -27,6 +27,7 @@ from cri.images.progress import LayerProgress, Phase, Progress
 from cri.images.reference import Reference
 from cri.images.registry import Document, Registry
 from cri.images.snapshots import Meta, Snapshots, chain_ids, name_of
+from cri.images.source import Source
 from cri.images.unpack import Limits, Unpacker
 from shim.errors import Failure
 from shim.linux.process import boot_id
@@ -36,7 +37,7 @@ _NESTING = 4  # indexes in indexes
 
 
 #: Called with the repository and the digests of what the reference names and of this platform's manifest.
-Admit = Callable[[Registry, tuple[str, str]], Awaitable[None]]
+Admit = Callable[[Source, tuple[str, str]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,6 @@ class Pulls:
     async def pull(self, reference: Reference, credentials: Credentials, admit: Admit, done: Callable[[Pulled, str], None]) -> None:
         """Pull, and call ``done(pulled, digest the reference resolved to)`` while its snapshots are still kept. ``admit`` raises if the
         image that the reference was resolved to may not be had."""
-        progress = Progress([str(reference)])
-        self._resolving.append(progress)
         registry = Registry(
             reference,
             endpoints(self._options.registry_dir, reference.domain),
@@ -108,21 +107,27 @@ class Pulls:
             user_agent=self._options.user_agent,
             keyring=Keyring(self._options.auth_file),
         )
+        await self.take(registry, reference.selector, str(reference), admit, done)
+
+    async def take(self, source: Source, selector: str, name: str, admit: Admit, done: Callable[[Pulled, str], None]) -> None:
+        """The same from any source, which is closed in the end. ``name`` is what people call it."""
+        progress = Progress([name])
+        self._resolving.append(progress)
         try:
-            top, chosen, manifest = await self._resolve(registry)
-            await admit(registry, (top.digest, chosen.digest))
+            top, chosen, manifest = await self._resolve(source, selector)
+            await admit(source, (top.digest, chosen.digest))
         except BaseException:
-            await registry.close()
+            await source.close()
             raise
         finally:
             self._resolving.remove(progress)
         work = self._work.get(chosen.digest)
         if work is None:
-            work = self._begin(registry, chosen, manifest, progress)
+            work = self._begin(source, chosen, manifest, progress)
         else:
-            await registry.close()
-            if str(reference) not in work.progress.references:
-                work.progress.references.append(str(reference))
+            await source.close()
+            if name not in work.progress.references:
+                work.progress.references.append(name)
         work.waiters += 1
         try:
             done(await asyncio.shield(work.task), top.digest)
@@ -131,11 +136,11 @@ class Pulls:
             if not work.waiters:
                 self._end(work, chosen.digest)
 
-    def _begin(self, registry: Registry, document: Document, manifest: Manifest, progress: Progress) -> _Work:
+    def _begin(self, source: Source, document: Document, manifest: Manifest, progress: Progress) -> _Work:
         kept: list[str] = []
-        task = asyncio.create_task(self._fetch(registry, document, manifest, progress, kept), name=f"pull {progress.references[0]}")
+        task = asyncio.create_task(self._fetch(source, document, manifest, progress, kept), name=f"pull {progress.references[0]}")
         task.add_done_callback(lambda _: self.measures.finished(progress))
-        task.add_done_callback(lambda _: self._spawn(registry.close()))
+        task.add_done_callback(lambda _: self._spawn(source.close()))
         self._work[document.digest] = _Work(task, progress, kept)
         return self._work[document.digest]
 
@@ -152,19 +157,19 @@ class Pulls:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _resolve(self, registry: Registry) -> tuple[Document, Document, Manifest]:
-        """(what the reference names, the manifest for this platform, the same parsed)."""
-        top = document = await registry.document(registry.reference.selector, capability="resolve")
+    async def _resolve(self, source: Source, selector: str) -> tuple[Document, Document, Manifest]:
+        """(what the selector names, the manifest for this platform, the same parsed)."""
+        top = document = await source.document(selector, capability="resolve")
         for _ in range(_NESTING):
             parsed = manifests.parse(document.media_type, document.body)
             if isinstance(parsed, Manifest):
                 return top, document, parsed
-            document = await self._choose(registry, parsed)
+            document = await self._choose(source, parsed)
         raise Failure("choose platform", message=f"indexes nested more than {_NESTING} deep")
 
-    async def _choose(self, registry: Registry, index: Index) -> Document:
+    async def _choose(self, source: Source, index: Index) -> Document:
         chosen = manifests.choose(index, self._platform)
-        document = await registry.document(chosen.digest)
+        document = await source.document(chosen.digest)
         declared = document.media_type.partition(";")[0].strip().lower()
         if declared in manifests.MANIFESTS + manifests.INDEXES and declared != chosen.media_type:
             raise Failure("read manifest", message=f"served as {declared!r}, the index says {chosen.media_type!r}")
@@ -172,7 +177,7 @@ class Pulls:
 
     # -- one manifest -------------------------------------------------------------------------------------------------------
 
-    async def _fetch(self, registry: Registry, document: Document, manifest: Manifest, progress: Progress, kept: list[str]) -> Pulled:
+    async def _fetch(self, source: Source, document: Document, manifest: Manifest, progress: Progress, kept: list[str]) -> Pulled:
         progress.phase = Phase.WAITING
         async with self._slots:
             progress.phase = Phase.DOWNLOADING
@@ -181,11 +186,11 @@ class Pulls:
             starting = None if config else asyncio.create_task(Unpacker.start())
             try:
                 if config is None:
-                    config = await registry.small_blob(manifest.config.digest, manifest.config.size)
+                    config = await source.small_blob(manifest.config.digest, manifest.config.size)
                 layers = self._plan(manifest, config, progress, kept)
                 if any(self._snapshots.get(layer.chain_id) is None for layer in layers):
                     helper, starting = starting or asyncio.create_task(Unpacker.start()), None
-                    await self._layers(registry, layers, helper)
+                    await self._layers(source, layers, helper)
             finally:
                 if starting is not None:
                     self._spawn(_stop(starting))
@@ -212,7 +217,7 @@ class Pulls:
         progress.layers = [layer.progress for layer in layers]
         return layers
 
-    async def _layers(self, registry: Registry, layers: list[Layer], starting: asyncio.Task[Unpacker]) -> None:
+    async def _layers(self, source: Source, layers: list[Layer], starting: asyncio.Task[Unpacker]) -> None:
         """Fetch the missing layers side by side, publish them bottom up."""
         mine: dict[str, asyncio.Future[None]] = {}
         for layer in layers:  # all at once, before anything is awaited: so that two pulls never wait for each other
@@ -224,7 +229,7 @@ class Pulls:
                 _release(self._claims, mine, chain_id)
             raise
         limit = asyncio.Semaphore(self._options.parallel_layers)
-        tasks = [asyncio.create_task(self._obtain(registry, unpacker, layer, mine, limit)) for layer in layers]
+        tasks = [asyncio.create_task(self._obtain(source, unpacker, layer, mine, limit)) for layer in layers]
         try:
             for position, layer in enumerate(layers):
                 await _first_failure(tasks, tasks[position])
@@ -250,13 +255,13 @@ class Pulls:
         return chain_id in mine
 
     async def _obtain(
-        self, registry: Registry, unpacker: Unpacker, layer: Layer, mine: dict[str, asyncio.Future[None]], limit: asyncio.Semaphore
+        self, source: Source, unpacker: Unpacker, layer: Layer, mine: dict[str, asyncio.Future[None]], limit: asyncio.Semaphore
     ) -> None:
         """Return when the layer is published by somebody, or unpacked by us."""
         while self._snapshots.get(layer.chain_id) is None:
             if self._claim(layer.chain_id, mine):
                 async with limit:
-                    await fetch(layer, registry, unpacker, self._snapshots, self._options.limits)
+                    await fetch(layer, source, unpacker, self._snapshots, self._options.limits)
                 return
             await asyncio.wait([self._claims[layer.chain_id]])
         layer.progress.phase = Phase.EXISTS

@@ -86,6 +86,8 @@ class Document:
 class Registry:
     """One repository at its endpoints, with the credentials of one client. Use as an async context manager."""
 
+    remote = True
+
     def __init__(
         self,
         reference: Reference,

@@ -26,8 +26,8 @@ from cri.images import auth, files, manifest, reference
 from cri.images.model import Image, Signature, config_from_json
 from cri.images.pull import Options, Pulled, Pulls
 from cri.images.reference import BadReference, Reference
-from cri.images.registry import Registry
 from cri.images.snapshots import Snapshots
+from cri.images.source import Source
 from cri.images.trust import Trust
 from cri.images.usage import Containers, FsInfo, measure
 from shim.errors import Failure
@@ -60,7 +60,7 @@ class Images:
         self._records: dict[str, Record] = {}
         self._names: dict[str, str] = {}  # every tag and digest → id
         self._pinned = config.pinned
-        self._trust = Trust(Path(config.signature_policy) if config.signature_policy else None)
+        self.trust = Trust(Path(config.signature_policy) if config.signature_policy else None)
         self.snapshots = Snapshots(root)
         options = Options(
             registry_dir=Path(config.registry_dir) if config.registry_dir else None,
@@ -69,14 +69,15 @@ class Images:
             progress_timeout=float(config.progress_timeout),
             auth_file=Path(config.auth_file) if config.auth_file else None,
         )
-        self.pulls = Pulls(self.snapshots, options, platform or manifest.host_platform(), self._known_config)
+        self.platform = platform or manifest.host_platform()
+        self.pulls = Pulls(self.snapshots, options, self.platform, self._known_config)
         self._usage = Containers(self.snapshots)
 
     # -- life ---------------------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
         """Read the store, and repair it: abandoned parts go, records that lost something go."""
-        self._trust.load()
+        self.trust.load()
         self.snapshots.load()
         for directory in (self._records_dir, self._documents_dir):
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -137,10 +138,11 @@ class Images:
         return replace(image, pinned=True) if pinned else image
 
     def details(self, image: Image) -> dict[str, Any]:
-        """For verbose status: the config and manifest as served, chain ids and where the layers lie."""
+        """For verbose status: the config and manifest as served, chain id and where the layers lie."""
         record = self._records[image.id]
         return {
             "chainID": image.chain_ids[-1] if image.chain_ids else "",
+            "configPath": str(self._documents_dir / record.config_digest.partition(":")[2]),
             "imageSpec": self._document(record.config_digest),
             "manifest": self._document(image.manifest_digest),
             "snapshots": list(self.snapshots.view(image.chain_ids).lower),
@@ -166,33 +168,33 @@ class Images:
             return self._with_pin(await self._pull(parsed, credentials))
 
     async def _pull(self, parsed: Reference, credentials: auth.Credentials) -> Image:
-        self._trust.refuse_early(parsed)
+        self.trust.refuse_early(parsed)
         signatures: list[Signature] = []
         added: list[Image] = []
 
-        async def admit(registry: Registry, digests: tuple[str, str]) -> None:
-            signatures.extend(await self._trust.admit(registry, parsed, digests))
+        async def admit(registry: Source, digests: tuple[str, str]) -> None:
+            signatures.extend(await self.trust.admit(registry, parsed, digests))
 
         def done(pulled: Pulled, digest: str) -> None:
-            added.append(self._add(parsed, pulled, digest, signatures))
+            added.append(self.add(pulled, str(parsed) if parsed.tag else "", parsed.with_digest(digest), signatures))
 
         await self.pulls.pull(parsed, credentials, admit, done)
         return added[0]
 
     def require_trusted(self, image: Image, asked: str) -> None:
         """Raise SignatureValidationFailed if the policy, as it is now, forbids to run the image, which the client calls ``asked``."""
-        self._trust.check(image, self._records[image.id].signatures if image.id in self._records else (), asked)
+        self.trust.check(image, self._records[image.id].signatures if image.id in self._records else (), asked)
 
-    def _add(self, parsed: Reference, pulled: Pulled, digest: str, signatures: Collection[Signature] = ()) -> Image:
-        """Record a pulled image under the name it was asked for."""
+    def add(self, pulled: Pulled, tag: str, digest: str, signatures: Collection[Signature] = ()) -> Image:
+        """Record an image whose layers are here, under one more ``tag`` and repository ``digest``; either may be empty."""
         document = json.loads(pulled.config)
         known = self._records.get(pulled.id)
         tags = set(known.image.repo_tags if known else ())
         digests = list(known.image.repo_digests if known else ())
-        if parsed.tag:
-            tags.add(str(parsed))
-        if (name := parsed.with_digest(digest)) not in digests:
-            digests.append(name)
+        if tag:
+            tags.add(tag)
+        if digest and digest not in digests:
+            digests.append(digest)
         image = Image(
             id=pulled.id,
             repo_tags=tuple(sorted(tags)),

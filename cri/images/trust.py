@@ -79,6 +79,12 @@ class Trust:
             raise SignatureValidationFailed(refusal, hint=_hint(refusal))
         return tuple(found)
 
+    def admit_unsigned(self, wanted: Reference, digest: str) -> None:
+        """The same for an image that comes without signatures, out of an archive."""
+        loaded = self._checked()
+        if loaded is not None and (refusal := self._judge(loaded, wanted, (digest,), ())):
+            raise SignatureValidationFailed(refusal)
+
     def check(self, image: Image, signatures: Collection[Signature], asked: str) -> None:
         """Raise SignatureValidationFailed unless containers of the image may be made. ``asked`` is how the pod calls it; where that is only
         an id, one of the image's names must be allowed."""

@@ -19,14 +19,15 @@ PROTO = "protos/runtime/v1/api.proto"
 UPSTREAM_SHAPE = "a73c9c893cb6433bfde3bde23e34968271b8a6d5e0448d7b7d9b916cc4ef9c10"
 
 
-def test_generated_code_is_current(tmp_path: Path) -> None:
+@pytest.mark.parametrize("proto", [PROTO, "protos/people/v1/people.proto"])
+def test_generated_code_is_current(tmp_path: Path, proto: str) -> None:
     pytest.importorskip("grpc_tools", reason="grpcio-tools is a development dependency")
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{ROOT}"]
     command += [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
-    subprocess.run([*command, PROTO], check=True, cwd=ROOT, timeout=60)
-    for name in ("api_pb2.py", "api_pb2.pyi", "api_pb2_grpc.py"):
-        fresh = (tmp_path / "protos/runtime/v1" / name).read_text()
-        assert fresh == (ROOT / "protos/runtime/v1" / name).read_text(), f"{name} is stale: see the header of {PROTO}"
+    subprocess.run([*command, proto], check=True, cwd=ROOT, timeout=60)
+    for suffix in ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py"):
+        name = proto.removesuffix(".proto") + suffix
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name} is stale: see the header of {proto}"
 
 
 def test_every_rpc_is_there() -> None:
