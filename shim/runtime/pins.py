@@ -38,6 +38,9 @@ class Open:
         fd = _existing(path)
         if fd is None:
             fd = _make(self.state, path)
+        # A volume of the host's root has it below, and a namespace file that is older than the container's namespace may not be mounted in
+        # there (ELOOP): recursive binds pass over what is unbindable.
+        mount.mount("none", path, flags=mount.MS_UNBINDABLE)
         channel.send({"ok": {"fds": ["pins"]}}, (fd,))
 
 
