@@ -151,6 +151,12 @@ class _Maker:
         image = self.images.get(reference)
         if image is None:
             raise ImageNotFound(f"image {reference!r} is not on this node", hint="pull it first")
+        if image.artifact_type:
+            raise InvalidArgument(
+                f"{reference!r:.200} is an artifact ({image.artifact_type!r:.100}), no container image",
+                field="config.image.image",
+                hint="mount it as an image volume",
+            )
         self.images.require_trusted(image, self.config.image.user_specified_image or reference)
         return image
 

@@ -29,6 +29,9 @@ LAYERS = frozenset(
     | {f"{base}{suffix}" for base in (_DOCKER_LAYER, _DOCKER_FOREIGN) for suffix in ("", ".gzip", ".zstd")}
 )
 
+# Annotations that name an artifact's file: image-spec's, and ModelPack's.
+TITLES = ("org.opencontainers.image.title", "org.cncf.model.filepath")
+
 MANIFEST_LIMIT = 4 << 20  # bytes; distribution-spec: registries should accept 4 MiB
 CONFIG_LIMIT = 8 << 20
 LAYER_LIMIT = 500  # overlayfs stacks at most 500 lower layers
@@ -54,6 +57,7 @@ class Descriptor:
     digest: str
     size: int
     platform: Platform | None = None
+    title: str = ""  # of a file in an artifact
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class Manifest:
     media_type: str
     config: Descriptor
     layers: tuple[Descriptor, ...]
+    artifact_type: str = ""  # not empty: no image, and its layers are blobs of any kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,8 @@ def parse(content_type: str, body: bytes) -> Manifest | Index:
 
 def _manifest(media_type: str, document: dict[str, Any]) -> Manifest:
     config = _descriptor(document.get("config"), "config")
+    if config.media_type not in CONFIGS and media_type == OCI_MANIFEST:
+        return _artifact(media_type, document, config)
     if config.media_type not in CONFIGS:
         raise Failure(_PHASE, path="config.mediaType", message=f"{config.media_type!r}: not a container image")
     if config.size > CONFIG_LIMIT:
@@ -117,6 +124,15 @@ def _manifest(media_type: str, document: dict[str, Any]) -> Manifest:
         if layer.media_type not in LAYERS:
             raise Failure(_PHASE, path=f"layers[{i}].mediaType", message=f"{layer.media_type!r} is no layer")
     return Manifest(media_type, config, layers)
+
+
+def _artifact(media_type: str, document: dict[str, Any], config: Descriptor) -> Manifest:
+    """image-spec manifest.md, "Guidelines for Artifact Usage": the type is ``artifactType``, before 1.1 the config's."""
+    kind = document.get("artifactType") or config.media_type
+    if not isinstance(kind, str):
+        raise Failure(_PHASE, path="artifactType", message="not a string")
+    blobs = _list(document, "layers", INDEX_LIMIT)
+    return Manifest(media_type, config, tuple(_descriptor(e, f"layers[{i}]") for i, e in enumerate(blobs)), kind)
 
 
 def diff_ids(config: dict[str, Any], layers: int) -> tuple[str, ...]:
@@ -210,7 +226,18 @@ def _descriptor(raw: object, where: str) -> Descriptor:
         raise Failure(_PHASE, path=f"{where}.digest", message="not a digest")
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise Failure(_PHASE, path=f"{where}.size", message="not a size in bytes")
-    return Descriptor(media_type, digest, size, _platform_of(raw.get("platform"), where))
+    return Descriptor(media_type, digest, size, _platform_of(raw.get("platform"), where), _title(raw.get("annotations"), where))
+
+
+def _title(annotations: object, where: str) -> str:
+    if annotations is None:
+        return ""
+    if not isinstance(annotations, dict):
+        raise Failure(_PHASE, path=f"{where}.annotations", message="not an object")
+    title = next((annotations[name] for name in TITLES if annotations.get(name)), "")
+    if not isinstance(title, str):
+        raise Failure(_PHASE, path=f"{where}.annotations", message="not strings")
+    return title
 
 
 def _platform_of(raw: object, where: str) -> Platform | None:

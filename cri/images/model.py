@@ -40,6 +40,7 @@ class Image:
     created: str = ""  # RFC 3339, as the config says
     manifest_digest: str = ""  # of the manifest of this platform
     pulled_at: int = 0  # ns since the epoch
+    artifact_type: str = ""  # not empty: an OCI artifact, which can only be a volume; ``id`` is the manifest's digest then
 
     @property
     def ref(self) -> str:

@@ -11,10 +11,11 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cri.images import artifact
 from cri.images import manifest as manifests
 from cri.images.auth import Credentials
 from cri.images.hosts import endpoints
@@ -181,6 +182,8 @@ class Pulls:
         progress.phase = Phase.WAITING
         async with self._slots:
             progress.phase = Phase.DOWNLOADING
+            if manifest.artifact_type:
+                return await self._artifact(registry, document, manifest, progress, kept)
             config = self._known(manifest.config.digest)
             # A new image needs a helper, which starts while the config travels.
             starting = None if config else asyncio.create_task(Unpacker.start())
@@ -197,6 +200,30 @@ class Pulls:
             progress.phase = Phase.DONE
             chains = tuple(layer.chain_id for layer in layers)
             return Pulled(f"sha256:{hashlib.sha256(config).hexdigest()}", document, manifest, config, chains)
+
+    async def _artifact(self, registry: Registry, document: Document, manifest: Manifest, progress: Progress, kept: list[str]) -> Pulled:
+        """The files of an artifact, as one snapshot."""
+        files = artifact.files(manifest)
+        chain = artifact.chain_id(document.digest)
+        self.keep.update((chain,))
+        kept.append(chain)
+        progress.layers = [file.progress for file in files]
+        if self._snapshots.get(chain) is None:
+            path = self._snapshots.begin(chain)
+            try:
+                meta = await artifact.fetch(files, document.digest, registry, progress, path / "fs", self._options.parallel_layers)
+                self._snapshots.commit(path, meta)
+            except BaseException:
+                self._snapshots.abandon(path)
+                self._snapshots.empty_trash()
+                raise
+            self._spawn(self._make_durable(await Unpacker.start()))
+        else:
+            for layer in progress.layers:
+                layer.phase = Phase.EXISTS
+        progress.phase = Phase.DONE
+        named = replace(manifest, layers=tuple(file.descriptor for file in files))
+        return Pulled(f"sha256:{hashlib.sha256(document.body).hexdigest()}", document, named, b"", (chain,))
 
     def _plan(self, manifest: Manifest, config: bytes, progress: Progress, kept: list[str]) -> list[Layer]:
         """The layers by chain id, from now on spared by garbage collection."""

@@ -187,7 +187,8 @@ class Images:
 
     def add(self, pulled: Pulled, tag: str, digest: str, signatures: Collection[Signature] = ()) -> Image:
         """Record an image whose layers are here, under one more ``tag`` and repository ``digest``; either may be empty."""
-        document = json.loads(pulled.config)
+        kind = pulled.manifest.artifact_type
+        document = {} if kind else json.loads(pulled.config)
         known = self._records.get(pulled.id)
         tags = set(known.image.repo_tags if known else ())
         digests = list(known.image.repo_digests if known else ())
@@ -208,9 +209,11 @@ class Images:
             created=_string(document, "created"),
             manifest_digest=pulled.document.digest,
             pulled_at=time.time_ns(),
+            artifact_type=kind,
         )
-        config_digest = pulled.manifest.config.digest
-        for name, body in ((config_digest, pulled.config), (image.manifest_digest, pulled.document.body)):
+        # An artifact's config says nothing, and two artifacts may have the same.
+        config_digest = image.manifest_digest if kind else pulled.manifest.config.digest
+        for name, body in {config_digest: pulled.config, image.manifest_digest: pulled.document.body}.items():
             path = self._documents_dir / name.partition(":")[2]
             if not path.exists():
                 files.write(path, body)

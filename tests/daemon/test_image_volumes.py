@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,72 @@ def test_in_a_user_namespace(daemon: Daemon, busybox: str, data: str) -> None:
     container = daemon.run(daemon.run_pod(config), busybox, "sleep", "60", mounts=(volume(data), mapped))
     assert daemon.exec(container, "stat", "-c", "%u:%g", "/vol", "/vol/models/weights", "/m").stdout == b"0:0\n0:0\n0:0\n"
     assert b"Read-only" in daemon.exec(container, "touch", "/m/x").stderr
+
+
+def artifact(files: dict[str, bytes], *, nameless: bytes = b"") -> images.Assembled:
+    """As ``oras push`` makes one: an empty config, a blob for each file, its name in an annotation."""
+    blobs = {images.digest_of(b"{}"): b"{}"}
+    layers = []
+    for name, data in files.items():
+        blobs[images.digest_of(data)] = data
+        described = images.Descriptor("application/octet-stream", images.digest_of(data), len(data))
+        layers.append(described.to_json(annotations={"org.opencontainers.image.title": name}))
+    if nameless:
+        blobs[images.digest_of(nameless)] = nameless
+        layers.append(images.Descriptor("text/plain", images.digest_of(nameless), len(nameless)).to_json())
+    kind = "application/vnd.oci.image.manifest.v1+json"
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": kind,
+        "artifactType": "application/vnd.example.model",
+        "config": images.Descriptor("application/vnd.oci.empty.v1+json", images.digest_of(b"{}"), 2).to_json(),
+        "layers": layers,
+    }
+    return images.Assembled(kind, json.dumps(manifest).encode(), blobs)
+
+
+def test_an_artifact_as_a_volume(daemon: Daemon, registry: DockerRegistry, pod: Pod, busybox: str) -> None:
+    """Files by name, read-only, for every user; with a sub path; listed, and removed with what it occupied."""
+    before = snapshots(daemon)
+    model = artifact({"weights.bin": b"w" * 3_000_000, "conf/model.json": b"{}", "conf/deep/x": b"x"}, nameless=b"not shown")
+    reference = pull(daemon, registry.push(model, "model:1"))
+    image = daemon.images.ImageStatus(v1.ImageStatusRequest(image=v1.ImageSpec(image=reference), verbose=True), timeout=10)
+    assert image.image.id == images.digest_of(model.manifest)
+    assert image.image.size > 3_000_000
+    assert json.loads(image.info["info"])["manifest"]["artifactType"] == "application/vnd.example.model"
+    assert reference in {tag for listed in daemon.images.ListImages(v1.ListImagesRequest(), timeout=10).images for tag in listed.repo_tags}
+    mounts = (volume(reference), volume(reference, "/c", image_sub_path="conf"))
+    user = v1.LinuxContainerSecurityContext(run_as_user=v1.Int64Value(value=1000))
+    container = daemon.run(pod, busybox, "sleep", "60", mounts=mounts, security=user)
+    script = "cd /vol; find . -type f | sort; wc -c < weights.bin; cat /c/model.json; ls -ld . conf; touch x"
+    shown = daemon.exec(container, "sh", "-c", script)
+    lines = shown.stdout.decode().splitlines()
+    assert lines[:5] == ["./conf/deep/x", "./conf/model.json", "./weights.bin", "3000000", "{}" + lines[4][2:]]
+    assert lines[4].startswith("{}drwxr-xr-x") and b"Read-only" in shown.stderr
+    assert {m.image.image_ref for m in daemon.container(container).mounts} == {image.image.id}
+    # Another pull finds it whole; two artifacts do not become one although their configs are the same.
+    other = pull(daemon, registry.push(artifact({"other": b"o"}), "model:2"))
+    assert pull(daemon, reference) == reference
+    assert len(snapshots(daemon) - before) == 2
+    with pytest.raises(grpc.RpcError, match=r"config\.image\.image: .*is an artifact"):
+        daemon.create(pod, other, "true")
+    with pytest.raises(grpc.RpcError, match="ImageVolumeMountFailed: .*sub path 'weights.bin' is not a directory"):
+        daemon.create(pod, busybox, "true", mounts=(volume(reference, image_sub_path="weights.bin"),))
+    daemon.restart()
+    assert daemon.exec(container, "cat", "/c/deep/x").stdout == b"x"
+    daemon.runtime.RemoveContainer(v1.RemoveContainerRequest(container_id=container), timeout=10)
+    for name in (reference, other):
+        daemon.images.RemoveImage(v1.RemoveImageRequest(image=v1.ImageSpec(image=name)), timeout=10)
+    assert snapshots(daemon) == before
+
+
+@pytest.mark.parametrize(
+    ("names", "why"), [(["../escape"], "not the name of a file"), (["a", "a/b"], "a file and a directory"), ([], "has a name")]
+)
+def test_hostile_artifacts(daemon: Daemon, registry: DockerRegistry, names: list[str], why: str) -> None:
+    before = snapshots(daemon)
+    reference = registry.push(artifact({name: name.encode() for name in names}, nameless=b"x"), "hostile:1")
+    with pytest.raises(grpc.RpcError, match=why):
+        pull(daemon, reference)
+    assert snapshots(daemon) == before
+    assert not list(Path(daemon.root, "images/ingest").iterdir())

@@ -52,7 +52,6 @@ def test_type_of_the_document_counts_where_the_registry_says_nothing() -> None:
         {"layers": [{**LAYER, "mediaType": "text/plain"}]},
         {"layers": [LAYER] * 501},
         {"config": {"mediaType": manifest.OCI_CONFIG, "digest": D, "size": 9 << 20}},
-        {"config": {"mediaType": "application/vnd.cncf.helm.config.v1+json", "digest": D, "size": 5}},
         {"config": None},
     ],
 )
