@@ -102,6 +102,8 @@ def _export(daemon: Daemon, arguments: Namespace) -> int:
         raise CommandError(f"{arguments.file}: exists already")
     response = _status(daemon, arguments.image)
     info = json.loads(response.info["info"])
+    if info.get("artifactType"):
+        raise CommandError(f"{arguments.image} is an artifact: only images can be exported")
     try:
         config = Path(info["configPath"]).read_bytes()
         layers = list(reversed(info["snapshots"])) if info["chainID"] else []

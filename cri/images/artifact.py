@@ -18,8 +18,9 @@ from typing import Final
 from cri.images.hosts import Endpoint
 from cri.images.manifest import Descriptor, Manifest
 from cri.images.progress import LayerProgress, Phase, Progress
-from cri.images.registry import Attempt, EndpointError, Registry
+from cri.images.registry import Attempt, EndpointError
 from cri.images.snapshots import Meta
+from cri.images.source import Source
 from shim.errors import Failure
 from shim.linux.process import boot_id
 
@@ -76,14 +77,14 @@ def _clean(title: str, where: str) -> str:
     return "/".join(parts)
 
 
-async def fetch(wanted: Iterable[File], manifest_digest: str, registry: Registry, pull: Progress, root: Path, parallel: int) -> Meta:
+async def fetch(wanted: Iterable[File], manifest_digest: str, source: Source, pull: Progress, root: Path, parallel: int) -> Meta:
     """Download all files into the empty directory ``root``. Raises the registry's errors, or Failure of the disk."""
     limit = asyncio.Semaphore(parallel)
     every = tuple(wanted)
 
     async def one(file: File) -> None:
         async with limit:
-            await _one(file, registry, pull, root)
+            await _one(file, source, pull, root)
 
     tasks = [asyncio.create_task(one(file)) for file in every]
     try:
@@ -97,7 +98,7 @@ async def fetch(wanted: Iterable[File], manifest_digest: str, registry: Registry
     return Meta(name, name, manifest_digest, sum(file.descriptor.size for file in every), size, inodes, boot_id())
 
 
-async def _one(file: File, registry: Registry, pull: Progress, root: Path) -> None:
+async def _one(file: File, source: Source, pull: Progress, root: Path) -> None:
     """Until the bytes are right, or every endpoint has served wrong ones."""
     file.progress.phase = Phase.DOWNLOADING
     path = root / file.name
@@ -109,7 +110,7 @@ async def _one(file: File, registry: Registry, pull: Progress, root: Path) -> No
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             sink = _Sink(file, pull, fd)
             try:
-                await registry.stream_blob(file.descriptor.digest, sink, avoid)
+                await source.stream_blob(file.descriptor.digest, sink, avoid)
             finally:
                 os.close(fd)
             if sink.verified():

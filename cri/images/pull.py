@@ -183,7 +183,7 @@ class Pulls:
         async with self._slots:
             progress.phase = Phase.DOWNLOADING
             if manifest.artifact_type:
-                return await self._artifact(registry, document, manifest, progress, kept)
+                return await self._artifact(source, document, manifest, progress, kept)
             config = self._known(manifest.config.digest)
             # A new image needs a helper, which starts while the config travels.
             starting = None if config else asyncio.create_task(Unpacker.start())
@@ -201,7 +201,7 @@ class Pulls:
             chains = tuple(layer.chain_id for layer in layers)
             return Pulled(f"sha256:{hashlib.sha256(config).hexdigest()}", document, manifest, config, chains)
 
-    async def _artifact(self, registry: Registry, document: Document, manifest: Manifest, progress: Progress, kept: list[str]) -> Pulled:
+    async def _artifact(self, source: Source, document: Document, manifest: Manifest, progress: Progress, kept: list[str]) -> Pulled:
         """The files of an artifact, as one snapshot."""
         files = artifact.files(manifest)
         chain = artifact.chain_id(document.digest)
@@ -211,7 +211,7 @@ class Pulls:
         if self._snapshots.get(chain) is None:
             path = self._snapshots.begin(chain)
             try:
-                meta = await artifact.fetch(files, document.digest, registry, progress, path / "fs", self._options.parallel_layers)
+                meta = await artifact.fetch(files, document.digest, source, progress, path / "fs", self._options.parallel_layers)
                 self._snapshots.commit(path, meta)
             except BaseException:
                 self._snapshots.abandon(path)

@@ -146,6 +146,7 @@ class Images:
             "imageSpec": self._document(record.config_digest),
             "manifest": self._document(image.manifest_digest),
             "snapshots": list(self.snapshots.view(image.chain_ids).lower),
+            **({"artifactType": image.artifact_type} if image.artifact_type else {}),
         }
 
     def _document(self, digest: str) -> Any:

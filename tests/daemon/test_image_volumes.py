@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +152,14 @@ def test_an_artifact_as_a_volume(daemon: Daemon, registry: DockerRegistry, pod: 
     image = daemon.images.ImageStatus(v1.ImageStatusRequest(image=v1.ImageSpec(image=reference), verbose=True), timeout=10)
     assert image.image.id == images.digest_of(model.manifest)
     assert image.image.size > 3_000_000
-    assert json.loads(image.info["info"])["manifest"]["artifactType"] == "application/vnd.example.model"
+    assert json.loads(image.info["info"])["artifactType"] == "application/vnd.example.model"
+    exported = subprocess.run(
+        [sys.executable, "-m", "cri.cli", "image", "export", "--socket", str(daemon.socket), reference, str(daemon.directory / "x.tar")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert exported.returncode and "is an artifact" in exported.stderr
     assert reference in {tag for listed in daemon.images.ListImages(v1.ListImagesRequest(), timeout=10).images for tag in listed.repo_tags}
     mounts = (volume(reference), volume(reference, "/c", image_sub_path="conf"))
     user = v1.LinuxContainerSecurityContext(run_as_user=v1.Int64Value(value=1000))
