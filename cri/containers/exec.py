@@ -28,6 +28,7 @@ CAP: Final = 16 << 20  # bytes of each stream
 MESSAGE: Final = (16 << 20) - 1024  # bytes of both: the kubelet refuses a larger message, and then it had no output at all
 WATCH_AFTER: Final = 0.01  # seconds
 DRAIN: Final = 1.0  # seconds for background children that hold the pipes
+STARTING: Final = 1.0  # seconds past its time that an exec is waited for which has not begun
 REAP: Final = 5.0  # seconds for a killed process to be gone
 PIPE: Final = 1 << 20  # /proc/sys/fs/pipe-max-size, to which a process may enlarge its stdout
 _READ: Final = 1 << 16
@@ -140,11 +141,20 @@ class _Run:
         starting = self._starting
         if starting is None:
             return
-        done, _ = await asyncio.wait((starting,), timeout=REAP)
-        if not done or starting.cancelled() or starting.exception() is not None:
+        done, _ = await asyncio.wait((starting,), timeout=STARTING)
+        if not done:  # another process of the container may have stopped it: it is killed when there is something to kill
+            starting.add_done_callback(self._kill_late)
+            return
+        if starting.cancelled() or starting.exception() is not None:
             return
         await self._supervisor.kill_exec(self._id, signal.SIGKILL, tree=True)
         await asyncio.wait((starting.result().exited,), timeout=REAP)
+
+    def _kill_late(self, starting: asyncio.Future[ExecSession]) -> None:
+        if starting.cancelled() or starting.exception() is not None:
+            return
+        task = self._loop.create_task(self._supervisor.kill_exec(self._id, signal.SIGKILL, tree=True), name=f"kill exec {self._id}")
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def output(self) -> tuple[bytes, bytes]:
         """stdout and stderr, together small enough for one message."""

@@ -52,7 +52,7 @@ _CODE = {
 PROGRAM = 0x10000000  # where the agent maps its program
 _DATA = 0x4000  # offset of what operations point to
 _RESULT = 0x0F000000  # where it maps the page in which the kernel leaves the pid
-PROGRAM_FD, CHANNEL_FD, INIT_FD, RESULT_FD, BLOCK_FD, FREE_FD = 3, 4, 5, 6, 7, 8
+PROGRAM_FD, REPORT_FD, INIT_FD, RESULT_FD, BLOCK_FD, LIFE_FD, FREE_FD = 3, 4, 5, 6, 7, 8, 9
 REPORT = struct.Struct("=II")  # step, errno
 
 _NR = {
@@ -110,6 +110,7 @@ class At(IntEnum):
     AFFINITY = 13
 
 
+_STEPS = frozenset(int(step) for step in At)
 _NAMES = {
     At.PREPARE: ("exec", "prepare"),
     At.CGROUP: ("exec", "join cgroup"),
@@ -130,15 +131,16 @@ _NAMES = {
 
 def failure(report: bytes, process: Process) -> Failure:
     """What the agent's report means; ``process`` is what was planned."""
-    step, number = REPORT.unpack(report)
+    step, number = REPORT.unpack(report) if len(report) == REPORT.size else (_NONE, 0)
+    if step not in _STEPS:
+        return Failure("exec", message="something in the container has meddled with the process before its program ran")
     phase, operation = _NAMES[At(step)]
     return Failure(phase, operation, errno=number, path=process.cwd if step == At.DIRECTORY else "")
 
 
 def needs_the_long_way(report: bytes) -> bool:
     """Whether the error is one that ``shim.runtime.exec`` knows how to deal with: a lookup that raced, a group that has groups."""
-    step, number = REPORT.unpack(report)
-    return (step, number) in ((At.DIRECTORY, _EAGAIN), (At.CGROUP, _EBUSY), (At.CGROUP, 95))
+    return len(report) == REPORT.size and REPORT.unpack(report) in ((At.DIRECTORY, _EAGAIN), (At.CGROUP, _EBUSY), (At.CGROUP, 95))
 
 
 def image(machine: str = elf.MACHINE) -> bytes:
@@ -290,9 +292,11 @@ def _enter_directory(w: _Writer, cwd: str) -> None:
     w.call(At.DIRECTORY, "openat", _AT_FDCWD, w.text("/"), path_directory)
     w.call(At.DIRECTORY, "openat2", FREE_FD, w.text(cwd), how, 24)
     w.call(At.DIRECTORY, "fchdir", FREE_FD + 1)
-    w.call(At.DIRECTORY, "close_range", INIT_FD, FREE_FD + 1, 0)
+    w.call(At.DIRECTORY, "close_range", INIT_FD, BLOCK_FD, 0)
+    w.call(At.DIRECTORY, "close_range", FREE_FD, FREE_FD + 1, 0)
     w.call(At.DIRECTORY, "close", PROGRAM_FD)
-    w.call(At.DIRECTORY, "fcntl", CHANNEL_FD, 2, 1)  # F_SETFD, FD_CLOEXEC: its end of file tells of a successful execve
+    for fd in (REPORT_FD, LIFE_FD):
+        w.call(At.DIRECTORY, "fcntl", fd, 2, 1)  # F_SETFD, FD_CLOEXEC: the end of the latter tells of a successful execve
 
 
 def _restrict(w: _Writer, process: Process, kept: Kept) -> None:

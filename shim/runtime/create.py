@@ -179,6 +179,8 @@ class Stage1:
         final, master = build()
         self._announce(0, final, master)
         self._await_start(final)
+        if not final.listened:
+            self.channel.narrow()
         final.run_in_child(self.job.context.slots.address(self.job.slot))
 
     def _build(
@@ -232,6 +234,8 @@ class Stage1:
         fds = {f"oom{i}": fd for i, fd in enumerate(self.oom_fds)}
         if master is not None:
             fds["console"] = master
+        if not pid and not final.listened:
+            fds["report"] = self.channel.report()
         user = codec.to_json(final.user)
         later = [stage for stage in ("poststart", "poststop") if hooks.of_stage(self.spec, stage)]
         facts = {"pid": pid, "user": user, "cgroup": self.group.to_json(), "hooks": later, "pinned": self._pins_itself, "fds": list(fds)}

@@ -29,8 +29,8 @@ _NAMESPACES = (
 
 @dataclass(frozen=True, slots=True)
 class Exec:
-    """The job of ``exec.start``. Answers ``{"ok": {"fds": ["console"]?}}`` and then goes on: end of file on the channel means that
-    execve succeeded, an ``error`` that it failed; the pid is in the slot."""
+    """The job of ``exec.start``. Answers ``{"ok": {"fds": ["report", "console"?]}}`` and then goes on: its end means that execve succeeded
+    or, with something in the report, failed; the pid is in the slot."""
 
     context: Context
     group: Group
@@ -83,11 +83,13 @@ class Exec:
             process, home = replace(process, user=resolved.user), resolved.home
         final, master = Final.prepare(process, home, rootfd, stdio, container.filter())
         inside.enter_cwd(rootfd, process.cwd)
-        if master is None:
-            channel.send({"ok": {"fds": []}})
-        else:
-            channel.send({"ok": {"fds": ["console"]}}, (master,))
+        fds = {} if final.listened else {"report": channel.report()}
+        if master is not None:
+            fds["console"] = master
+        channel.send({"ok": {"fds": list(fds)}}, tuple(fds.values()))
         final.close_others(channel)
+        if not final.listened:
+            channel.narrow()
         final.run_in_child(self.context.slots.address(self.slot))
 
     def _stdio(self) -> tuple[int, int, int]:

@@ -56,10 +56,15 @@ class Final:
         program = inside.Program(spec, home)
         return cls(restriction, program, spec.user, spec.terminal, stdio), master
 
+    @property
+    def listened(self) -> bool:
+        """Whether the filter has a listener, which is handed over by a line that cannot be narrowed (``listener``)."""
+        return self.restriction.filter is not None and self.restriction.filter.notifies
+
     def close_others(self, channel: Channel) -> None:
         """stdio to 0..2 and everything else but the channel closed, before the user can be told anything about us."""
         inside.place_stdio(self.stdio)
-        process.close_all_except({*launch.STDIO, channel.fileno()})
+        process.close_all_except({*launch.STDIO, *channel.fds()})
 
     def run(self, channel: Channel) -> NoReturn:
         """Become the program in this process."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import socket
 import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from shim.linux import libc
 from shim.oci import codec
 from shim.oci.spec import Process
 from shim.runtime import agent, kept
+from shim.runtime.channel import hang_up, new_report
 from shim.runtime.context import Context
 from shim.supervisor.children import Children
 
@@ -37,9 +37,13 @@ class Program:
 
 @dataclass(slots=True, eq=False)
 class Launch:
-    """An agent on its way. ``pid`` is that of the process it forked last, 0 before."""
+    """An agent on its way. ``pid`` is that of the process it forked last, 0 before.
 
-    channel: socket.socket
+    ``life`` hangs up when it is over, ``report`` has the error: see ``shim.runtime.channel``.
+    """
+
+    life: int
+    report: int
     result: int
     agent_pid: int
 
@@ -48,8 +52,8 @@ class Launch:
         return int.from_bytes(os.pread(self.result, 4, 0), "little")
 
     def close(self) -> None:
-        self.channel.close()
-        os.close(self.result)
+        for fd in (self.life, self.report, self.result):
+            os.close(fd)
 
 
 class Agents:
@@ -94,14 +98,14 @@ class Agents:
 
     def spawn(self, program: Program, block: int, init: int, streams: dict[str, int]) -> Launch:
         """Start the agent. Raises Failure."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        (life, theirs), report = hang_up(), new_report()
         result = os.memfd_create("cri-shim-pid", os.MFD_CLOEXEC)
         os.ftruncate(result, 4096)
         stdio = [streams.get(name, self._devnull) for name in ("stdin", "stdout", "stderr")]
         lifted: list[int] = []
-        sources = (*stdio, program.fd, theirs.fileno(), init, result, block)
+        sources = (*stdio, program.fd, report, init, result, block, theirs)
         actions = [(os.POSIX_SPAWN_DUP2, _lift(source, lifted), number) for number, source in enumerate(sources)]
-        launch = Launch(ours, result, 0)
+        launch = Launch(life, report, result, 0)
         self._children.launches.add(launch)
         try:
             launch.agent_pid = os.posix_spawn(
@@ -111,7 +115,7 @@ class Agents:
             self.forget(launch)
             raise Failure.wrap("exec", "spawn", error) from None
         finally:
-            theirs.close()
+            os.close(theirs)
             for fd in lifted:
                 os.close(fd)
         return launch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections import deque
@@ -13,6 +14,7 @@ from shim import wire
 from shim.errors import Failure
 from shim.linux import libc
 from shim.runtime import launch
+from shim.runtime.channel import MAX_MESSAGE
 from shim.runtime.slots import PidSlots
 from shim.supervisor.loop import CHILDREN, EXIT, Future, Loop
 
@@ -92,7 +94,7 @@ class Process:
 class Job:
     """A child that runs one job of ``shim.runtime``: its messages in order, then None at end of file."""
 
-    __slots__ = ("_connection", "_inbox", "_loop", "_over", "_reset", "_waiter", "helps", "process", "title")
+    __slots__ = ("_connection", "_inbox", "_loop", "_over", "_report", "_reset", "_waiter", "helps", "process", "title")
 
     def __init__(self, children: Children, child: launch.Child, title: str) -> None:
         self._loop, self.title = children.loop, title
@@ -103,6 +105,7 @@ class Job:
         self._inbox: deque[wire.Message] = deque()
         self._over = self._reset = False
         self._waiter: Future[None] | None = None
+        self._report = -1  # see ``narrow``
         self._loop.add(self._connection.fileno(), self._receive)
 
     def _receive(self) -> None:
@@ -164,10 +167,34 @@ class Job:
             raise Failure(self.title, message=f"child sent {len(fds)} fds for {len(names)} names")
         return body["ok"], dict(zip(names, fds, strict=True))
 
+    def narrow(self, report: int) -> None:
+        """The child forks last, and then says nothing but an error, in a file (``shim.runtime.channel``)."""
+        self._report = report
+
+    @property
+    def narrowed(self) -> bool:
+        return self._report >= 0
+
+    async def last_words(self, patience: float) -> Failure | None:
+        """Waits for the child's end, which is that of the execve of what it forked last; the error, if there was one."""
+        if not await self._loop.within(self.process.ended, patience):
+            return not_started(self.title)
+        said = os.pread(self._report, MAX_MESSAGE, 0)
+        ended = self.process.ended.result()
+        try:
+            if said:
+                return Failure.from_json(json.loads(said)["error"])
+        except (ValueError, KeyError, TypeError, AttributeError):  # not our child's words
+            return Failure(self.title, message="something in the container has meddled with the process before its program ran")
+        return None if ended == Ended(0) else Failure(self.title, message=f"child died: {ended}")
+
     def close(self) -> None:
         """Close the channel; the child is reaped when it ends."""
         self._loop.remove(self._connection.fileno())
         self._connection.close()
+        if self._report >= 0:
+            os.close(self._report)
+            self._report = -1
         for message in self._inbox:
             message.close()
         self._inbox.clear()
@@ -275,6 +302,24 @@ class Children:
                 return  # the launch ends with adopt_slot, and its exit brings us back here
             else:
                 os.waitid(os.P_PID, found.si_pid, os.WEXITED | os.WNOHANG)
+
+
+async def end_of_life(loop: Loop, life: int, patience: float) -> bool:
+    """Waits until every other end is closed; False if that takes longer than ``patience`` seconds."""
+    over = loop.future()
+    loop.add(life, lambda: over.set(None), mask=0)  # a hang-up is told unasked
+    try:
+        return await loop.within(over, patience)
+    finally:
+        loop.remove(life)
+
+
+def not_started(phase: str) -> Failure:
+    return Failure(
+        phase,
+        message="the program has not started in time",
+        hint="another process of the container may have stopped it, or its file system does not answer",
+    )
 
 
 def watch_signals(loop: Loop, fd: int, handler: Callable[[int], None]) -> None:

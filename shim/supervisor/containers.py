@@ -26,6 +26,7 @@ from shim.supervisor.loop import OOM
 from shim.supervisor.request import Request
 from shim.supervisor.table import Container, Core, forget, save
 
+_START = 120.0  # s for startContainer hooks and an execve
 _DEATH = 10.0  # s that delete waits for a killed container
 _PIPE = 1 << 20  # bytes: the largest that pipe-max-size allows everybody; more output fits while a reader of ours is away
 START_ERROR = 128  # exit code of a container whose program could not be run, as containerd reports it
@@ -109,6 +110,8 @@ async def _created(core: Core, container: Container) -> None:
     if "console" in fds:
         container.ends["console"] = fds.pop("console")
         os.set_blocking(container.ends["console"], False)
+    if "report" in fds:
+        job.narrow(fds.pop("report"))
     container.group = cgroups.Group.from_json(facts["cgroup"])
     watch_oom(core, container, [fds[name] for name in sorted(fds)])
     container.user, container.hooks = facts["user"], tuple(facts.get("hooks", ()))
@@ -197,14 +200,16 @@ async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     container.starting = core.loop.future()
     try:
         job.send({"start": True})
-        message, listener = await listening.launched(job)
+        error, listener = await listening.launched(job, _START)
         job.close()
         container.job = None
         forked = None
         if container.slot is not None:
             forked, container.slot = core.children.adopt_slot(container.slot), None
-        if message is not None or (forked is None and container.process is None):
-            await _start_failed(core, logs, container, message.body if message else {}, forked)
+        if core.table.containers.get(container.id) is not container:
+            error = error or Failure("start container", path=request.id, message="was removed meanwhile")
+        if error is not None or (forked is None and container.process is None):
+            await _start_failed(core, logs, container, error, forked)
         container.process = container.process or forked
         if forked is not None:
             container.starttime = processes.starttime(forked.pid)
@@ -236,10 +241,11 @@ async def _listen(core: Core, container: Container, listener: int, watch: Callab
         raise
 
 
-async def _start_failed(core: Core, logs: Logs, container: Container, body: dict[str, Any], forked: Process | None) -> None:
-    failure = Failure.from_json(body.get("error", {"phase": "start container", "message": "child died before the program ran"}))
+async def _start_failed(core: Core, logs: Logs, container: Container, error: Failure | None, forked: Process | None) -> None:
+    failure = error or Failure("start container", message="child died before the program ran")
     container.start_error = failure
     if forked is not None:
+        forked.signal(signal.SIGKILL)  # it may be stopped, by another process of its PID namespace
         await core.loop.within(forked.ended, _DEATH)
         forked.close()
     if container.process is None:
@@ -319,6 +325,8 @@ async def _end(core: Core, logs: Logs, container: Container) -> None:
         job = container.job
         job.process.signal(signal.SIGKILL)
         await core.loop.within(job.process.ended, _DEATH)
+        if container.starting is not None:
+            await core.loop.within(container.starting, _DEATH)  # it kills what has been forked
         if container.group is not None:
             await core.children.call(jobs.KillAll(container.group), "delete container")  # see ``shim.runtime.listener.go_on_in_child``
         if container.slot is not None:

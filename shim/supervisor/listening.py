@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 
+from shim.errors import Failure
 from shim.runtime.notifier import Notifier
 from shim.supervisor.children import Job, Process
 from shim.supervisor.table import Container, Core
-from shim.wire import Message
 
 
-async def launched(job: Job) -> tuple[Message | None, int | None]:
-    """Follow a launch to its end: what went wrong, or None once the program runs; and the listener of its filter, if it has one."""
+async def launched(job: Job, patience: float) -> tuple[Failure | None, int | None]:
+    """Follow a launch to its end: what went wrong, or None once the program runs; and the listener of its filter, if it has one.
+
+    Where something in the container can see what is launched before its program runs, there is no line left to follow
+    (``shim.runtime.channel``), and seconds to wait are bounded by ``patience``. A filter with a listener still needs the line.
+    """
+    if job.narrowed:
+        return await job.last_words(patience), None
     listener: int | None = None
     while (message := await job.message()) is not None:
         if "ok" not in message.body:
+            message.close()
             if listener is not None:
                 os.close(listener)
-            return message, None
+            return Failure.from_json(message.body.get("error", {"phase": job.title})), None
         _, fds = job.unpack(message)
         listener = fds.pop("listener", listener)
     return None, listener

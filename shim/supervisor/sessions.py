@@ -12,14 +12,14 @@ from shim.errors import Failure
 from shim.runtime import agent, jobs
 from shim.runtime.exec import Exec
 from shim.supervisor import exits, listening
-from shim.supervisor.agents import Launch
-from shim.supervisor.children import Job, Process
+from shim.supervisor.children import Job, Process, end_of_life, not_started
 from shim.supervisor.containers import set_size
 from shim.supervisor.logs import Logs
 from shim.supervisor.request import Request
 from shim.supervisor.table import Container, Core, Session
 
 _STREAMS = ("stdin", "stdout", "stderr")
+PATIENCE = 20.0  # s for a program to be executed, after which its process is killed
 
 
 async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
@@ -56,16 +56,18 @@ async def _by_agent(core: Core, container: Container, init: Process, facts: str,
         raise Failure("exec", wire.LONG_WAY, message="a session of this kind takes the long way")
     launch = core.agents.spawn(program, given["block"], init.pidfd, streams)
     try:
-        report = await _report(core, launch)
+        over = await end_of_life(core.loop, launch.life, PATIENCE)
+        report = os.pread(launch.report, 2 * agent.REPORT.size, 0)
         forked = core.children.adopt_launch(launch)
     finally:
         core.agents.forget(launch)
         core.loop.call_soon(core.children.reap_strays)  # what had to wait for us to take the pid
-    if not report and forked is not None:
+    if over and not report and forked is not None:
         return forked
     if forked is not None:
-        await core.loop.within(forked.ended, 2.0)
-        forked.close()
+        await put_down(core, forked)
+    if not over:
+        raise not_started("exec")
     if not report:
         raise Failure("exec", message="the process died before its program ran")
     if agent.needs_the_long_way(report):
@@ -73,16 +75,11 @@ async def _by_agent(core: Core, container: Container, init: Process, facts: str,
     raise agent.failure(report, program.process)
 
 
-async def _report(core: Core, launch: Launch) -> bytes:
-    """What the agent says of a failure; nothing, once every end of the channel is closed, of a success."""
-    ready = core.loop.future()
-    number = launch.channel.fileno()
-    core.loop.add(number, lambda: ready.set(None))
-    try:
-        await ready
-    finally:
-        core.loop.remove(number)
-    return launch.channel.recv(64)
+async def put_down(core: Core, forked: Process) -> None:
+    """End a process whose program did not start: it may be stopped, by another one of the container."""
+    forked.signal(signal.SIGKILL)
+    await core.loop.within(forked.ended, 2.0)
+    forked.close()
 
 
 async def _by_fork(
@@ -95,11 +92,13 @@ async def _by_fork(
     try:
         job = _fork(core, container, group, init, given, slot)
         _, fds = await job.answer()
-        message, listener = await listening.launched(job)
+        if "report" in fds:
+            job.narrow(fds.pop("report"))
+        error, listener = await listening.launched(job, PATIENCE)
         forked = core.children.adopt_slot(slot)
         slot = -1
-        if message is not None or forked is None:
-            await _failed(core, message.body if message else {}, forked)
+        if error is not None or forked is None:
+            await _failed(core, error, forked)
         assert forked is not None
         if listener is not None:
             await _listen(core, container, forked, listener)
@@ -136,17 +135,14 @@ async def _listen(core: Core, container: Container, forked: Process, listener: i
     try:
         await listening.attach(core, container, forked, listener, "running")
     except Failure:
-        forked.signal(signal.SIGKILL)
-        await core.loop.within(forked.ended, 2.0)
-        forked.close()
+        await put_down(core, forked)
         raise
 
 
-async def _failed(core: Core, body: dict[str, Any], forked: Process | None) -> None:
+async def _failed(core: Core, error: Failure | None, forked: Process | None) -> None:
     if forked is not None:
-        await core.loop.within(forked.ended, 2.0)
-        forked.close()
-    raise Failure.from_json(body.get("error", {"phase": "exec", "message": "child died before the program ran"}))
+        await put_down(core, forked)
+    raise error or Failure("exec", message="child died before the program ran")
 
 
 async def _ended(core: Core, session: Session) -> None:

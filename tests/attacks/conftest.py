@@ -6,8 +6,15 @@ import hashlib
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from hack import images
+from protos.runtime.v1 import api_pb2 as v1
+from tests.daemon.builders import unique
+from tests.daemon.harness import Daemon
+from tests.registry import DockerRegistry
 
 SOURCES = Path(__file__).with_name("c")
 
@@ -24,6 +31,24 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return directory
 
     return build
+
+
+@pytest.fixture
+def image(daemon: Daemon, registry: DockerRegistry) -> Callable[..., str]:
+    """``image(layer, User="1:2")``: the reference of a pulled image with that layer on top of busybox's and that configuration."""
+
+    def make(*layers: images.Layer, **config: Any) -> str:
+        made = images.assemble([images.base_layer(), *(layer.finish() for layer in layers)], {"Cmd": ["sh"], **config})
+        reference = registry.push(made, unique("hostile"))
+        daemon.images.PullImage(v1.PullImageRequest(image=v1.ImageSpec(image=reference)), timeout=60)
+        return reference
+
+    return make
+
+
+def climbing(target: Path) -> str:
+    """A relative symlink that would reach ``target`` from anywhere, were it not clamped to the root."""
+    return "../" * 20 + str(target).lstrip("/")
 
 
 def digest(path: Path) -> str:

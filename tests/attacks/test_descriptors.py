@@ -81,7 +81,8 @@ def test_a_joining_process_cannot_be_read(daemon: Daemon, busybox: str, hostile:
     assert rounds and int(rounds[1]) > 10 and int(rounds[2]) >= 2, text[-500:]
     assert execs > 5
     for bad in ("marker ", "exe ", "writable ", "fd "):
-        found = [line for line in text.splitlines() if re.search(rf"stdout F {bad}", line)]
+        # The file for an error report is anybody's: see shim.runtime.channel.
+        found = [line for line in text.splitlines() if re.search(rf"stdout F {bad}", line) and "memfd:cri-shim-report" not in line]
         assert not found, found[:5]
 
 
