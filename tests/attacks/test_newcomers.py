@@ -32,7 +32,8 @@ def test_descriptors_taken_from_a_newcomer_are_of_no_use(
         pod, busybox, "/hostile/hijack", mounts=(mount(hostile("hijack"), "/hostile"),), security=capable(pod[1], "SYS_PTRACE")
     )
     wait_for("the robber", lambda: "ready" in daemon.log_text(robber))
-    for _ in range(20):
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
         with contextlib.suppress(grpc.RpcError):  # a process that was robbed may fail, or be late
             if how == "exec":
                 daemon.exec(robber, "true", timeout=1)
