@@ -34,7 +34,7 @@ def build(directory: Path) -> None:
 def measurements(bench: Bench, programs: Path) -> dict[str, Callable[[], list[Row]]]:
     found = {
         name: partial(getattr(measure, name), bench)
-        for name in ("life_cycle", "life_cycle_cpu", "exec_sync", "burst", "idle", "crowd", "logs", "pull")
+        for name in ("life_cycle", "pod_network", "life_cycle_cpu", "exec_sync", "burst", "idle", "crowd", "logs", "pull")
     }
     return {**found, "streaming": partial(streaming.streaming, bench), "baseline": partial(measure.baseline, bench, programs)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -184,12 +185,32 @@ def make(node: Node, name: str, scratch: Path) -> Endpoint:
     return Endpoint(name, directory / "state" / "cri.sock", f"{CGROUP}/{name}", directory=directory)
 
 
+PLUGINS = "/usr/lib/cni"  # Debian's
+
+
+def network(endpoint: Endpoint, number: int) -> Path:
+    """A CNI configuration directory with a bridge, addresses and a store of the endpoint's own; the same plugins for every endpoint."""
+    directory = endpoint.directory / "net.d"
+    directory.mkdir()
+    ipam = {
+        "type": "host-local",
+        "ranges": [[{"subnet": f"10.24{number}.0.0/16"}]],
+        "routes": [{"dst": "0.0.0.0/0"}],
+        "dataDir": str(endpoint.directory / "addresses"),
+    }
+    bridge = {"type": "bridge", "bridge": f"cnibench{number}", "isGateway": True, "ipMasq": True, "hairpinMode": True, "ipam": ipam}
+    plugins = [bridge, {"type": "portmap", "capabilities": {"portMappings": True}}]
+    (directory / "10-bench.conflist").write_text(json.dumps({"cniVersion": "1.0.0", "name": f"bench{number}", "plugins": plugins}))
+    return directory
+
+
 def cri_shim(node: Node, scratch: Path) -> Endpoint:
     endpoint = make(node, "cri-shim", scratch)
     config = endpoint.directory / "config.toml"
     config.write_text(
         f'root = "{endpoint.directory}/root"\nstate = "{endpoint.directory}/state"\nlisten = "unix://{endpoint.socket}"\n'
-        f'[cgroup]\ndriver = "cgroupfs"\nruntime_cgroup = "{endpoint.cgroup}/runtime"\n[network]\nmode = "bridge"\n'
+        f'[cgroup]\ndriver = "cgroupfs"\nruntime_cgroup = "{endpoint.cgroup}/runtime"\n'
+        f'[network.cni]\nconf_dir = "{network(endpoint, 0)}"\nbin_dirs = ["{PLUGINS}"]\n'
     )
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     spawn(node, endpoint, sys.executable, "-m", "cri.cli", "serve", "--config", str(config), env=env)
@@ -212,8 +233,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
   sandbox_image = "{registry}/{pause}"
   restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "{directory}/none"
-    conf_dir = "{directory}/none"
+    bin_dir = "{plugins}"
+    conf_dir = "{networks}"
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "overlayfs"
     default_runtime_name = "runc"
@@ -227,7 +248,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 def containerd(node: Node, scratch: Path, registry: str) -> Endpoint:
     endpoint = make(node, "containerd", scratch)
     config = endpoint.directory / "config.toml"
-    config.write_text(CONTAINERD.format(directory=endpoint.directory, socket=endpoint.socket, registry=registry, pause=PAUSE))
+    cni = {"plugins": PLUGINS, "networks": network(endpoint, 1)}
+    config.write_text(CONTAINERD.format(directory=endpoint.directory, socket=endpoint.socket, registry=registry, pause=PAUSE, **cni))
     spawn(node, endpoint, "containerd", "--config", str(config))
     runc = subprocess.run(["runc", "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
     endpoint.version = f"{endpoint.version}, {runc.replace('version ', '')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import subprocess
@@ -168,6 +169,28 @@ def life_cycle(bench: Bench) -> list[Row]:
         "StopPodSandbox",
         "RemovePodSandbox",
     )
+
+
+def pod_network(bench: Bench) -> list[Row]:
+    """A pod with a network of its own: a bridge, host-local and portmap, one host port; the same configuration list for each."""
+    samples, port = Samples(), itertools.count(20000)
+    run, stop = "RunPodSandbox, CNI bridge + host-local + portmap", "StopPodSandbox of it"
+
+    def one(endpoint: Endpoint) -> None:
+        mapping = v1.PortMapping(host_port=next(port), container_port=80)
+        config = endpoint.pod_config(host_network=False, port_mappings=[mapping])
+        with samples.time(run, endpoint):
+            pod = endpoint.run_pod(config)
+        with samples.time(stop, endpoint):
+            endpoint.stop_pod(pod)
+        endpoint.remove_pod(pod)
+
+    for endpoint in bench.endpoints:
+        one(endpoint)  # the bridge and the rules that pods share
+    samples.all.clear()
+    for endpoint in turns(bench, bench.sizes.rounds):
+        one(endpoint)
+    return samples.rows(run, stop)
 
 
 def life_cycle_cpu(bench: Bench) -> list[Row]:

@@ -17,6 +17,7 @@ from cri.network.netlink import Socket
 from cri.network.rtnl import LinkFacts
 from cri.state import failpoints
 
+_NO_MAC = "00:00:00:00:00:00"
 _POD = 2  # where the pod's interface is in the result
 _DEFAULT: Mapping[int, Subnet] = {4: IPv4Network("0.0.0.0/0"), 6: IPv6Network("::/0")}
 _FORWARD = {4: "net/ipv4/ip_forward", 6: "net/ipv6/conf/all/forwarding"}
@@ -135,7 +136,9 @@ def _ensure_address(sock: Socket, link: LinkFacts, wanted: Interface, *, force: 
     (error,) = sock.batch([rtnl.add_address(link.index, wanted)])
     if error is not None and error.errno != errno.EEXIST:
         raise error
-    sock.request(rtnl.set_link(link.index, mac=link.mac))  # or it would follow the lowest of its ports'
+    # Its own, or it would follow the lowest of its ports'. It has none after one that never got an address has lost its last port.
+    mac = link.mac if link.mac != _NO_MAC else rtnl.link(sock, index=link.index).mac
+    sock.request(rtnl.set_link(link.index, mac=mac))
 
 
 async def delete(conf: Bridge, call: Call, previous: Result | None) -> None:

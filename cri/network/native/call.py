@@ -80,6 +80,7 @@ class Call:
     plans: dict[int, Plan] = field(default_factory=lambda: {4: Plan(), 6: Plan()})
     sysctls: Sysctls | None = None
     netlink: Callable[[], Awaitable[int]] | None = None
+    withdrawing: asyncio.Task[None] | None = None  # of rules, which must be over before an address is given back
     _inside: Socket | None = None
 
     @property
@@ -97,6 +98,11 @@ class Call:
                 raise ValueError("no netlink socket in the pod's namespace")
             self._inside = Socket(await self.netlink())
         return self._inside
+
+    async def withdrawn(self) -> None:
+        """Raises what removing the rules did."""
+        if self.withdrawing is not None:
+            await self.withdrawing
 
     async def parameters(self, write: Mapping[str, str | None]) -> tuple[dict[str, str], dict[str, int]]:
         """Write and read parameters of the pod's namespace."""

@@ -134,8 +134,11 @@ class Native:
             if isinstance(one, Bridge | Ptp):
                 if one.ip_masq and previous is not None:
                     interface.masquerade(call, [ip.address for ip in previous.ips])
-                await _guard(plugin.type, "delete", self._timeout, self._withdraw(call))
-            await _guard(plugin.type, "delete", self._timeout, _MODULES[plugin.type].delete(one, call, previous))
+                call.withdrawing = asyncio.create_task(self._withdraw(call))  # the link may go meanwhile, the address not
+            try:
+                await _guard(plugin.type, "delete", self._timeout, _MODULES[plugin.type].delete(one, call, previous))
+            finally:
+                await _guard(plugin.type, "delete", self._timeout, call.withdrawn())
         await _guard(conf.plugins[0].type, "delete", self._timeout, self._withdraw(call))
 
     async def _withdraw(self, call: Call) -> None:

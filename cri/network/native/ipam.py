@@ -27,6 +27,7 @@ async def add(conf: HostLocal, call: Call, asked: Sequence[str] = ()) -> Result:
 
 
 async def delete(conf: HostLocal, call: Call, previous: Result | None) -> None:
+    await call.withdrawn()
     known = [str(ip.address.ip) for ip in previous.ips] if previous is not None else []
     async with Store(call.network, conf.data_dir).locked(call.patience) as directory:
         await asyncio.to_thread(hostlocal.release, directory, call.owner, known)
