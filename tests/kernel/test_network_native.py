@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cri.network.cni.execute import PluginFailed, PluginTimeout
+from cri.network.native.chain import Native
 from protos.runtime.v1 import api_pb2 as v1
-from tests.kernel.cnirig import DEBIAN, World, mapping
+from tests.kernel.cnirig import ALL, DEBIAN, World, mapping
 
 pytestmark = pytest.mark.skipif("not __import__('os').path.exists('/usr/lib/cni/bridge')", reason=f"no plugins in {DEBIAN}")
 
@@ -166,3 +171,101 @@ def test_equal_and_each_undoes_the_other(case: str, tmp_path: Path) -> None:
     assert not differences(added[True], added[False])
     # Debian's loopback takes lo down, in a namespace that is about to go
     assert not [d for d in differences(deleted[True], deleted[False]) if '"lo"' not in d]
+
+
+def test_both_at_the_same_time_on_one_store(tmp_path: Path) -> None:
+    """Native and executed plugins take turns at the lock: nobody gets another's address, and all of it comes back."""
+    with world(tmp_path / "w", pods=8) as made:
+        network = made.network([bridge(made.directory, [{"subnet": "10.77.0.0/28"}]), PORTS], "1.0.0")
+        pods = [made.attachment(network, n, port_mappings=(mapping(8100 + n, 80),)) for n in range(8)]
+        before = made.state()
+
+        def all_at_once(verb: Any, *, swapped: bool) -> None:
+            with ThreadPoolExecutor(8) as threads:
+                list(threads.map(lambda n: verb((n % 2 == 0) != swapped, network, pods[n]), range(8)))
+
+        all_at_once(made.add, swapped=False)
+        addresses = [(pod.result or {})["ips"][0]["address"] for pod in pods]
+        assert len(set(addresses)) == 8
+        store = made.directory / "testnet"
+        assert {a.split("/")[0] for a in addresses} == {p.name for p in store.iterdir()} - {"lock", "last_reserved_ip.0"}
+        rules = made.node.run("iptables-save", "-t", "nat")
+        assert rules.count("-j CNI-HOSTPORT-DNAT") == 2 and rules.count("--dports") == 8, "what is shared is there once"
+        all_at_once(made.delete, swapped=True)
+        after = made.state()
+        assert not [line for line in after["iptables-save"] if "CNI-DN" in line or "testnet" in line]
+        assert {p.name for p in store.iterdir()} == {"lock", "last_reserved_ip.0"}
+        assert [d for d in differences(after, before) if "VETH" in d] == []
+
+
+def test_a_lock_that_is_never_released(tmp_path: Path) -> None:
+    with world(tmp_path / "w") as made:
+        network = made.network([bridge(made.directory, FOUR)], "1.0.0")
+        made.native = Native(ALL, 0.3, None, None)
+        (made.directory / "testnet").mkdir()
+        with (made.directory / "testnet" / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(
+                PluginTimeout, match=r'plugin type="bridge" failed \(add\): something that it waits for had not ended after 0.3 s'
+            ):
+                made.add(True, network, made.attachment(network))
+
+
+def test_a_flushed_firewall_and_a_second_pod(tmp_path: Path) -> None:
+    """What pods share is there again with the next pod, once; what the first one had is gone with the flush, and its DEL does not mind."""
+    with world(tmp_path / "w", pods=2) as made:
+        network = made.network([bridge(made.directory), PORTS, {"type": "firewall"}], "1.0.0")
+        first, second = (made.attachment(network, n, port_mappings=(mapping(8200 + n, 80),)) for n in range(2))
+        made.add(True, network, first)
+        made.node.run("nft", "flush", "ruleset")
+        with pytest.raises(PluginFailed, match=r'plugin type="bridge" failed \(check\): a rule is missing'):
+            made.check(True, network, first)
+        made.add(True, network, second)
+        made.check(True, network, second)
+        made.delete(True, network, first)
+        made.check(True, network, second)
+        made.node.run("ip", "link", "set", "cni7", "down")
+        made.pods[1].run("ip", "addr", "flush", "dev", "eth0")
+        with pytest.raises(PluginFailed, match="lacks address"):
+            made.check(True, network, second)
+        made.delete(True, network, second)
+        assert made.node.run("iptables-save").count("testnet") == 0
+        assert made.run(made.native.collect(network, made.native.options(network) or (), "1.1.0", set())) == []
+
+
+def test_old_versions_and_dels_without_a_result(tmp_path: Path) -> None:
+    for version in ("0.2.0", "0.4.0"):
+        results = {}
+        for native in (True, False):
+            with world(tmp_path / f"{version}{native}") as made:
+                network = made.network([bridge(made.directory)], version)
+                attachment = made.attachment(network)
+                made.add(native, network, attachment)
+                results[native] = comparable(made, "", attachment.result)
+                attachment.result = None
+                made.delete(True, network, attachment)
+                state = made.state()
+                assert not [line for line in (*state["iptables-save"], *state["ip6tables-save"]) if "testnet" in line]
+                assert set(state["files"]) == {"testnet/lock", "testnet/last_reserved_ip.0", "testnet/last_reserved_ip.1"}
+        assert results[True] == results[False]
+
+
+def test_stale_flows_of_udp_are_forgotten(tmp_path: Path) -> None:
+    """A flow that went to the port before it was a pod's meets the new rules with its next packet."""
+    with world(tmp_path / "w") as made:
+        made.node.run("nft", "add table t; add chain t c { type filter hook output priority 0; }; add rule t c ct state new counter")
+        sender = made.node.socket(kind=socket.SOCK_DGRAM)
+        sender.bind(("127.0.0.1", 7777))
+        sender.sendto(b"x", ("192.0.2.7", 5353))
+        listed = made.node.run("conntrack", "-L", "-p", "udp")
+        assert "dport=5353" in listed
+        network = made.network([bridge(made.directory, FOUR), PORTS], "1.0.0")
+        attachment = made.attachment(network, port_mappings=MIXED)
+        made.add(True, network, attachment)
+        assert "dport=5353" not in made.node.run("conntrack", "-L", "-p", "udp")
+        server = made.pods[0].socket(kind=socket.SOCK_DGRAM)
+        server.bind(("0.0.0.0", 53))
+        sender.sendto(b"again", ("192.0.2.7", 5353))
+        assert server.recv(100) == b"again"
+        for sock in (sender, server):
+            sock.close()
