@@ -122,11 +122,13 @@ class Images(Section, frozen=True):
     progress_timeout: Seconds = Seconds(60)
     #: References that the kubelet's garbage collection is asked to spare.
     pinned: tuple[str, ...] = ()
+    #: Image stores of other cri-shims (their root, or its ``images``), read-only.
+    additional_stores: tuple[str, ...] = ()
     #: A containers-policy.json(5); empty: everything may be pulled and run.
     signature_policy: str = ""
 
     def __post_init__(self) -> None:
-        for path in filter(None, (self.registry_dir, self.auth_file, self.signature_policy)):
+        for path in filter(None, (self.registry_dir, self.auth_file, self.signature_policy, *self.additional_stores)):
             _absolute(path)
         if self.max_parallel_pulls < 1 or self.max_parallel_layers < 1:
             raise ValueError("parallelism must be at least 1")

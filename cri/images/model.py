@@ -56,6 +56,18 @@ class Signature:
     signature: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is on disk about one image. Everything in it can be read with ``cat``."""
+
+    image: Image
+    manifest_type: str
+    config_digest: str
+    layers: tuple[str, ...]  # digests of the compressed layers, bottom first
+    signatures: tuple[Signature, ...] = ()  # found when a policy wanted them
+    version: int = 1
+
+
 def config_from_json(document: dict[str, Any]) -> ImageConfig:
     """The runtime config of a whole image config document; a wrong type or an unusable string is a Failure naming the field."""
     raw = document.get("config")

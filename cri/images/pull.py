@@ -27,7 +27,7 @@ from cri.images.model import config_from_json
 from cri.images.progress import LayerProgress, Phase, Progress
 from cri.images.reference import Reference
 from cri.images.registry import Document, Registry
-from cri.images.snapshots import Meta, Snapshots, chain_ids, name_of
+from cri.images.snapshots import Meta, Snapshots, chain_ids
 from cri.images.source import Source
 from cri.images.unpack import Limits, Unpacker
 from shim.errors import Failure
@@ -298,7 +298,7 @@ class Pulls:
         if layer.path is None or layer.unpacked is None:
             return
         if layer.unpacked.implicit:
-            below = [name_of(lower.chain_id) for lower in reversed(layers[:position])]
+            below = [self._snapshots.place(lower.chain_id) for lower in reversed(layers[:position])]
             await unpacker.settle(layer.number, layer.path / "fs", self._snapshots.directory, below)
         if self._snapshots.get(layer.chain_id) is None:
             self._snapshots.commit(

@@ -68,6 +68,7 @@ class Snapshots:
         self.directory, self._ingest = root / "snapshots", root / "ingest"
         self._writable, self._trash = root / "containers-rw", root / "trash"
         self._known: dict[str, Meta] = {}
+        self._elsewhere: dict[str, tuple[Meta, Path]] = {}  # in additional stores
         self._uses: dict[str, tuple[str, ...]] = {}  # container id → chain ids
         self._durable: set[str] = set()
         self._deleting: set[asyncio.Task[None]] = set()
@@ -105,10 +106,22 @@ class Snapshots:
     # -- layers -------------------------------------------------------------------------------------------------------------
 
     def get(self, chain_id: str) -> Meta | None:
-        return self._known.get(chain_id)
+        elsewhere = self._elsewhere.get(chain_id)
+        return self._known.get(chain_id) or (elsewhere[0] if elsewhere else None)
 
     def all(self) -> Iterable[Meta]:
+        """Those that are kept here."""
         return self._known.values()
+
+    def adopt(self, meta: Meta, directory: Path) -> None:
+        """A layer that lies in somebody else's store: used as it is, never changed."""
+        self._elsewhere.setdefault(meta.chain_id, (meta, directory))
+
+    def place(self, chain_id: str) -> str:
+        """The directory of a layer, seen from ``directory``: a name, or an absolute path."""
+        if chain_id not in self._known and chain_id in self._elsewhere:
+            return str(self._elsewhere[chain_id][1])
+        return name_of(chain_id)
 
     def begin(self, chain_id: str) -> Path:
         """A private directory with an empty ``fs`` to unpack into."""
@@ -192,10 +205,10 @@ class Snapshots:
         return frozenset(self._uses)
 
     def _lowers(self, chains: Sequence[str]) -> tuple[str, ...]:
-        missing = [c for c in chains if c not in self._known]
+        missing = [c for c in chains if self.get(c) is None]
         if missing:
             raise Failure("prepare container root", path=missing[0], message="snapshot is missing", hint="pull the image again")
-        names = [name_of(c) for c in reversed(chains)] or [_EMPTY]
+        names = [self.place(c) for c in reversed(chains)] or [_EMPTY]
         return tuple(str(self.directory / name / "fs") for name in names)
 
     # -- deletion -----------------------------------------------------------------------------------------------------------

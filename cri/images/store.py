@@ -10,22 +10,22 @@ that can be read has all it speaks of; ``load`` checks that, and drops the recor
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import logging
 import re
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cri import config as configuration
-from cri.errors import ImageNotFound, InvalidArgument
+from cri.errors import FailedPrecondition, ImageNotFound, InvalidArgument
 from cri.images import auth, files, manifest, reference
-from cri.images.model import Image, Signature, config_from_json
+from cri.images.model import Image, Record, Signature, config_from_json
 from cri.images.pull import Options, Pulled, Pulls
 from cri.images.reference import BadReference, Reference
+from cri.images.shared import Shared, intact
 from cri.images.snapshots import Snapshots
 from cri.images.source import Source
 from cri.images.trust import Trust
@@ -39,18 +39,6 @@ _SIGNATURES = 256  # kept with an image
 _PREFIX = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})", re.ASCII)  # what crictl shows of an id is 13 digits
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What is on disk about one image. Everything in it can be read with ``cat``."""
-
-    image: Image
-    manifest_type: str
-    config_digest: str
-    layers: tuple[str, ...]  # digests of the compressed layers, bottom first
-    signatures: tuple[Signature, ...] = ()  # found when a policy wanted them
-    version: int = 1
-
-
 class Images:
     """The image store. Create one, ``load`` it, and ``close`` it; only the event loop touches it."""
 
@@ -62,6 +50,7 @@ class Images:
         self._pinned = config.pinned
         self.trust = Trust(Path(config.signature_policy) if config.signature_policy else None)
         self.snapshots = Snapshots(root)
+        self._shared = Shared(config.additional_stores)
         options = Options(
             registry_dir=Path(config.registry_dir) if config.registry_dir else None,
             parallel_pulls=config.max_parallel_pulls,
@@ -79,6 +68,7 @@ class Images:
         """Read the store, and repair it: abandoned parts go, records that lost something go."""
         self.trust.load()
         self.snapshots.load()
+        self._shared.load(self.snapshots)
         for directory in (self._records_dir, self._documents_dir):
             directory.mkdir(mode=0o700, exist_ok=True)
             directory.chmod(0o700)
@@ -101,61 +91,86 @@ class Images:
         await self.snapshots.settled()
 
     def _whole(self, record: Record) -> bool:
-        documents = all((self._documents_dir / d.partition(":")[2]).exists() for d in (record.config_digest, record.image.manifest_digest))
-        return documents and all(self.snapshots.get(c) is not None for c in record.image.chain_ids)
+        documents = (record.config_digest, record.image.manifest_digest)
+        return all(intact(self._own(d), d) for d in documents) and all(self.snapshots.get(c) is not None for c in record.image.chain_ids)
 
     # -- look-up ------------------------------------------------------------------------------------------------------------
 
     def get(self, ref: str) -> Image | None:
         """By id, tag or digest (normalised), or by a unique beginning of an id; None if there is none."""
         record = self._find(ref)
-        return self._with_pin(record.image) if record else None
+        return self._seen(record) if record else None
 
     def list(self) -> Iterator[Image]:
-        """All images, oldest first."""
-        return (self._with_pin(r.image) for r in self._records.values())
+        """All images, oldest first; those of additional stores at the end."""
+        found = (*self._records.values(), *(r for i, r in self._shared.records.items() if i not in self._records))
+        return (self._seen(r) for r in found)
 
     def _find(self, ref: str) -> Record | None:
         if reference.is_image_id(ref):
-            return self._records.get(ref if ":" in ref else f"sha256:{ref}")
+            return self._record(ref if ":" in ref else f"sha256:{ref}")
         try:
             name = str(reference.parse(ref))
         except BadReference:
             name = ""
-        if name in self._names:
-            return self._records[self._names[name]]
+        if known := self._names.get(name) or self._shared.names.get(name):
+            return self._record(known)
         match = _PREFIX.fullmatch(ref)
         if match is None:
             return None
-        matches = [r for i, r in self._records.items() if i.startswith(f"sha256:{match[1]}")]
+        matches = [i for i in {*self._records, *self._shared.records} if i.startswith(f"sha256:{match[1]}")]
         if len(matches) > 1:
             raise InvalidArgument(f"image id {ref!r} is ambiguous: {len(matches)} begin so")
-        return matches[0] if matches else None
+        return self._record(matches[0]) if matches else None
 
-    def _with_pin(self, image: Image) -> Image:
+    def _record(self, image_id: str) -> Record | None:
+        return self._records.get(image_id) or self._shared.records.get(image_id)
+
+    def _seen(self, record: Record) -> Image:
+        """The image as others see it: with the names it has in additional stores, unless they are another image's here, and pinned if
+        it is, or if it could not be removed anyway."""
+        image, shared = record.image, self._shared.records.get(record.image.id)
+        if shared is not None:
+            tags = {t for t in shared.image.repo_tags if self._names.get(t, image.id) == image.id}
+            digests = dict.fromkeys((*image.repo_digests, *shared.image.repo_digests))
+            only = image.id not in self._records
+            image = replace(image, repo_tags=tuple(sorted({*(() if only else image.repo_tags), *tags})), repo_digests=tuple(digests))
+            image = replace(image, pinned=True) if only else image
         names = (image.id, *image.repo_tags, *image.repo_digests)
         pinned = any(fnmatch.fnmatchcase(name, _normal(p)) for p in self._pinned for name in names)
         return replace(image, pinned=True) if pinned else image
 
     def details(self, image: Image) -> dict[str, Any]:
         """For verbose status: the config and manifest as served, chain id and where the layers lie."""
-        record = self._records[image.id]
+        record = self._known(image)
         return {
             "chainID": image.chain_ids[-1] if image.chain_ids else "",
-            "configPath": str(self._documents_dir / record.config_digest.partition(":")[2]),
+            "configPath": str(self._path(record.config_digest)),
             "imageSpec": self._document(record.config_digest),
             "manifest": self._document(image.manifest_digest),
             "snapshots": list(self.snapshots.view(image.chain_ids).lower),
             **({"artifactType": image.artifact_type} if image.artifact_type else {}),
         }
 
+    def _known(self, image: Image) -> Record:
+        record = self._record(image.id)
+        if record is None:
+            raise ImageNotFound(f"image {image.id} was removed")
+        return record
+
+    def _own(self, digest: str) -> Path:
+        return self._documents_dir / digest.partition(":")[2]
+
+    def _path(self, digest: str) -> Path:
+        own = self._own(digest)
+        return own if own.exists() else self._shared.document(digest) or own
+
     def _document(self, digest: str) -> Any:
-        return json.loads((self._documents_dir / digest.partition(":")[2]).read_bytes())
+        return json.loads(self._path(digest).read_bytes())
 
     def _known_config(self, digest: str) -> bytes | None:
-        path = self._documents_dir / digest.partition(":")[2]
-        body = path.read_bytes() if path.exists() else b""
-        return body if digest == f"{digest.partition(':')[0]}:{hashlib.new(digest.partition(':')[0], body).hexdigest()}" else None
+        path = self._path(digest)
+        return path.read_bytes() if intact(path, digest) else None
 
     # -- verbs --------------------------------------------------------------------------------------------------------------
 
@@ -166,7 +181,9 @@ class Images:
                 parsed = reference.parse(ref)
             except BadReference as error:
                 raise InvalidArgument(str(error), field="image.image") from None
-            return self._with_pin(await self._pull(parsed, credentials))
+            image = await self._pull(parsed, credentials)
+            record = self._record(image.id)
+            return self._seen(record) if record else image  # somebody may have removed it by now
 
     async def _pull(self, parsed: Reference, credentials: auth.Credentials) -> Image:
         self.trust.refuse_early(parsed)
@@ -184,7 +201,11 @@ class Images:
 
     def require_trusted(self, image: Image, asked: str) -> None:
         """Raise SignatureValidationFailed if the policy, as it is now, forbids to run the image, which the client calls ``asked``."""
-        self.trust.check(image, self._records[image.id].signatures if image.id in self._records else (), asked)
+        self.trust.check(image, self._signatures(image.id), asked)
+
+    def _signatures(self, image_id: str) -> tuple[Signature, ...]:
+        found = (self._records.get(image_id), self._shared.records.get(image_id))
+        return tuple(s for r in found if r is not None for s in r.signatures)
 
     def add(self, pulled: Pulled, tag: str, digest: str, signatures: Collection[Signature] = ()) -> Image:
         """Record an image whose layers are here, under one more ``tag`` and repository ``digest``; either may be empty."""
@@ -215,9 +236,8 @@ class Images:
         # An artifact's config says nothing, and two artifacts may have the same.
         config_digest = image.manifest_digest if kind else pulled.manifest.config.digest
         for name, body in {config_digest: pulled.config, image.manifest_digest: pulled.document.body}.items():
-            path = self._documents_dir / name.partition(":")[2]
-            if not path.exists():
-                files.write(path, body)
+            if not intact(self._own(name), name):
+                files.write(self._own(name), body)
         kept = tuple(dict.fromkeys((*signatures, *(known.signatures if known else ()))))[:_SIGNATURES]
         record = Record(image, pulled.manifest.media_type, config_digest, tuple(layer.digest for layer in pulled.manifest.layers), kept)
         self._save(record)
@@ -229,6 +249,9 @@ class Images:
         record = self._find(ref)
         if record is None:
             return
+        if record.image.id not in self._records:
+            where = self._shared.place(record.image.id)
+            raise FailedPrecondition(f"image {ref!r} is in the read-only store {where}", hint="it is pinned; remove it there")
         self._record_path(record.image.id).unlink(missing_ok=True)
         del self._records[record.image.id]
         self._names = {name: i for name, i in self._names.items() if i != record.image.id}
@@ -237,8 +260,7 @@ class Images:
     async def prepare(self, image: Image, container_id: str, shown: Collection[Image] = ()) -> Recipe:
         """A writable root for a container, which also keeps the images that are ``shown`` in it as volumes."""
         for one in (image, *shown):
-            if one.id not in self._records:
-                raise ImageNotFound(f"image {one.id} was removed")
+            self._known(one)
         return self.snapshots.prepare(container_id, image.chain_ids, [c for one in shown for c in one.chain_ids])
 
     def view(self, image: Image) -> Recipe:
