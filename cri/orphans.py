@@ -1,7 +1,8 @@
 """Processes whose supervisor died: they are the daemon's children now, if the daemon started that supervisor, or somebody else's.
 
-Each is watched and reaped by its own pidfd, so that nothing of asyncio's is ever taken. Helpers of the dead supervisor, which nobody
-knows by pid, are told from the daemon's own children by their session.
+Each is watched and reaped by its own pidfd, so that nothing of asyncio's is ever taken. What nobody knows by pid is told from the
+daemon's own children: helpers of the dead supervisor by their session; containers and exec'd processes whose start was never answered by
+their PID namespace, which cannot end, nor its pod, before they are reaped; and anything else by nobody having reaped it for a while.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from shim.linux import libc, process
 
 _TRIES, _PAUSE = 20, 0.1  # of asking the kernel for a status that another parent has still to reap
+_STALE = 5.0  # seconds after which an ended child is nobody's: asyncio reaps its own at once
 
 
 class Orphans:
@@ -25,6 +27,8 @@ class Orphans:
         self._pidfds: dict[int, int] = {}
         self._sessions: set[int] = set()  # of dead supervisors and of processes they left
         self._listening = False
+        self._unclaimed: dict[int, float] = {}  # ended children that may be asyncio's, and when they were first seen
+        self._again: asyncio.TimerHandle | None = None
         self.statuses: dict[int, int] = {}
 
     def watch(self, pid: int, starttime: int | None, *, pidfd: int = -1) -> None:
@@ -75,17 +79,40 @@ class Orphans:
         self._loop.add_reader(pidfd, dead)
 
     def _reap_helpers(self) -> None:
+        now, unclaimed = self._loop.time(), {}
         for pid in _children():
             if pid in self._pidfds:
                 continue
             state, session = _state_and_session(pid)
-            if state == "Z" and (session in self._sessions or pid in self._sessions):
-                try:
-                    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
-                except ChildProcessError:
-                    continue
+            if state != "Z":
+                continue
+            inside = _pid_inside(pid)
+            since = self._unclaimed.get(pid, now)
+            if inside or session in self._sessions or pid in self._sessions or now - since >= _STALE:
+                self._reap_unknown(pid, first=inside == 1)
+            else:
+                unclaimed[pid] = since
+        self._unclaimed = unclaimed
+        if unclaimed and self._again is None:
+            self._again = self._loop.call_later(_STALE, self._look_again)
+
+    def _look_again(self) -> None:
+        self._again = None
+        self._reap_helpers()
+
+    def _reap_unknown(self, pid: int, first: bool) -> None:
+        """``first``: it was a container, and whoever adopts that wants its status."""
+        try:
+            result = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            return
+        if first and result is not None:
+            self.statuses[pid] = result.si_status << 8 if result.si_code == os.CLD_EXITED else result.si_status
+            self._ended(pid, self.statuses[pid])
 
     def close(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
         if self._listening:
             self._loop.remove_signal_handler(signal.SIGCHLD)
             self._listening = False
@@ -111,6 +138,16 @@ def _started_at(pid: int, starttime: int | None) -> bool:
         return process.starttime(pid) == starttime
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def _pid_inside(pid: int) -> int:
+    """Its number in the innermost PID namespace; 0 if that is our own."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            numbers = next((line.split()[1:] for line in file if line.startswith(b"NSpid:")), [])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(numbers[-1]) if len(numbers) > 1 else 0
 
 
 def _children() -> Iterator[int]:

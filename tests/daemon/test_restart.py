@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -292,3 +295,43 @@ def _answers(daemon: Daemon) -> bool:
         return False
     daemon.connect()
     return True
+
+
+def test_execs_in_flight_when_the_supervisor_dies_do_not_hold_their_container(daemon: Daemon, busybox: str) -> None:
+    """Nobody knows their pids yet, and a PID namespace ends only when all that was in it is reaped: the daemon inherits them."""
+    pod = daemon.run_pod(host_network=True)
+    container = daemon.run(pod, busybox, "sleep", "1000")
+    done = threading.Event()
+
+    def probe() -> None:
+        while not done.is_set():
+            with contextlib.suppress(grpc.RpcError):  # those in flight fail
+                daemon.exec(container, "true")
+
+    with ThreadPoolExecutor(8) as pool:
+        probes = [pool.submit(probe) for _ in range(8)]
+        try:
+            for _ in range(4):
+                time.sleep(0.3)
+                replaced(daemon, daemon.kill_supervisor(), "supervisor")
+        finally:
+            done.set()
+        for one in probes:
+            one.result()
+    daemon.runtime.StopContainer(v1.StopContainerRequest(container_id=container, timeout=0), timeout=30)
+    assert daemon.container(container).state == v1.CONTAINER_EXITED
+    process = daemon.process
+    assert process is not None
+    wait_for("no ended child unreaped", lambda: not _zombies(process.pid), 15)
+
+
+def _zombies(parent: int) -> list[str]:
+    """Names of ended children that nobody has reaped."""
+    found = []
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                name, _, rest = Path(f"/proc/{child}/stat").read_text().rpartition(")")
+                if rest.split()[0] == "Z":
+                    found.append(name)
+    return found
