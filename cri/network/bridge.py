@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from cri.errors import ConfigError, CriError, InvalidArgument, Unavailable
-from cri.network import nat
+from cri.network import conntrack, nat
 from cri.network.base import PodNetwork, Result, Status
-from cri.network.ipam import Address, Interface, Reservation, Reservations, Subnet, gateway, parse_subnets
+from cri.network.ipam import Address, HostPort, Interface, Reservation, Reservations, Subnet, gateway, parse_subnets
 from cri.network.netlink import Socket
 from cri.undo import Undo
 from shim.errors import Failure
@@ -103,6 +103,7 @@ class BridgeNetwork:
             del self._connecting[pod.pod_id]
             if ports:
                 await self._apply_nat()
+                await self._forget_flows(ports)
         return Result(
             ips=tuple(str(i.ip) for i in reservation.interfaces),
             raw={
@@ -179,6 +180,15 @@ class BridgeNetwork:
                 self._sysctl(f"ipv4/conf/{self._bridge}/route_localnet", "1")
             subnets = {*self._subnets, *(i.network for r in held for i in r.interfaces)}  # after a new pod CIDR, older ones too
             await nat.apply(nat.render(self._bridge, sorted(subnets, key=str), held))
+
+    async def _forget_flows(self, ports: Iterable[HostPort]) -> None:
+        """A flow of UDP is translated as its first packet was for as long as it goes on: to the pod before, or to none."""
+        numbers = {port.port for port in ports if port.protocol == "udp"}
+        if numbers:
+            try:
+                await self._run(self._maker, lambda: conntrack.forget({s.version for s in self._subnets}, "udp", numbers))
+            except OSError as error:
+                raise Failure.wrap("pod network", "forget flows of host ports", error) from None
 
     def _sysctl(self, name: str, value: str) -> None:
         """Set a sysctl of the daemon's own network namespace; one that already is as it should be is not written (read-only /proc/sys)."""
@@ -279,6 +289,7 @@ class BridgeNetwork:
                 await asyncio.wait([self._connecting.pop(pod_id)])
             if reservation.ports:
                 await self._apply_nat()  # first: a port must never lead to the next owner of the address
+                await self._forget_flows(reservation.ports)
             await self._run(self._deleters, lambda: self._disconnect(reservation))
             self._reservations.forget(pod_id)
         finally:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import socket
 import statistics
+import struct
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from ipaddress import ip_address
@@ -286,6 +288,91 @@ def test_host_ports(world: World, host_ip: str) -> None:
         await network.teardown(a.network())
         with world.outside.socket() as client, pytest.raises(ConnectionRefusedError):
             client.connect(("192.0.2.1", 8080))
+
+    world.use(body)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_flows_of_udp_change_pods_with_the_port(world: World, version: int) -> None:
+    """A caller that never stops sending from one port: first to nobody, then to one pod, then to the next."""
+    a, b = world.pod(), world.pod()
+    mapping = v1.PortMapping(host_port=8053, container_port=53, protocol=v1.UDP)
+    family, node, every = (socket.AF_INET, "192.0.2.1", "0.0.0.0") if version == 4 else (socket.AF_INET6, "2001:db8::1", "::")
+
+    def reach(client: socket.socket, pod: Pod) -> None:
+        with listen(pod.netns, every, 53, family, socket.SOCK_DGRAM) as server:
+            server.settimeout(0.2)
+            for _ in range(25):  # the bridge's own IPv6 address is tentative at first
+                client.sendto(b"?", (node, 8053))
+                with contextlib.suppress(TimeoutError):
+                    assert server.recv(10) == b"?"
+                    return
+            raise AssertionError("the flow goes elsewhere")
+
+    async def body(network: BridgeNetwork) -> None:
+        await network.setup(b.network())  # connections are tracked from here on
+        with world.outside.socket(family, socket.SOCK_DGRAM) as client, listen(world.node, every, 8053, family, socket.SOCK_DGRAM):
+            client.sendto(b"?", (node, 8053))
+            await network.setup(a.network(mapping))
+            await asyncio.to_thread(reach, client, a)
+            await network.teardown(a.network())
+            assert "8053" not in world.node.run("conntrack", "-L", "-p", "udp", "-f", f"ipv{version}")
+            await network.teardown(b.network())
+            await network.setup(b.network(mapping))
+            await asyncio.to_thread(reach, client, b)
+
+    world.use(body)
+
+
+def _sctp_init(source: int, destination: int) -> bytes:
+    """An SCTP packet with an INIT chunk (RFC 9260, 3.1 and 3.3.2) and its CRC-32C."""
+
+    def checksum(data: bytes) -> int:
+        value = 0xFFFFFFFF
+        for byte in data:
+            value ^= byte
+            for _ in range(8):
+                value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        return value ^ 0xFFFFFFFF
+
+    chunk = struct.pack(">BBHIIHHI", 1, 0, 20, 0x1234, 65536, 1, 1, 1)
+    header = struct.pack(">HHI", source, destination, 0)
+    return header + struct.pack("<I", checksum(header + bytes(4) + chunk)) + chunk
+
+
+def test_host_port_of_sctp(world: World) -> None:
+    """Packets, because not every kernel has SCTP's sockets (module sctp): translation and tracking are netfilter's."""
+    a = world.pod()
+
+    async def body(network: BridgeNetwork) -> None:
+        await network.setup(a.network(v1.PortMapping(host_port=8132, container_port=132, protocol=v1.SCTP)))
+        with (
+            a.netns.socket(kind=socket.SOCK_RAW, protocol=132) as server,
+            world.outside.socket(kind=socket.SOCK_RAW, protocol=132) as client,
+        ):
+            client.sendto(_sctp_init(5000, 8132), ("192.0.2.1", 0))
+            packet, caller = server.recvfrom(2048)
+            assert caller[0] == "192.0.2.2" and struct.unpack_from(">HH", packet, (packet[0] & 15) * 4) == (5000, 132)
+
+    world.use(body)
+
+
+def test_host_port_of_sctp_with_sockets(world: World) -> None:
+    a = world.pod()
+    try:
+        a.netns.socket(protocol=132).close()
+    except OSError:
+        pytest.skip("this kernel has no SCTP sockets (module sctp)")
+
+    async def body(network: BridgeNetwork) -> None:
+        await network.setup(a.network(v1.PortMapping(host_port=8132, container_port=132, protocol=v1.SCTP)))
+        with a.netns.socket(protocol=132) as server:
+            server.bind(("0.0.0.0", 132))
+            server.listen()
+            with world.outside.socket(protocol=132) as client:
+                client.connect(("192.0.2.1", 8132))
+                client.sendall(b"x")
+                assert server.accept()[0].recv(1) == b"x"
 
     world.use(body)
 

@@ -1,4 +1,4 @@
-"""What every pod network does, on a real kernel: the built-in bridge, and CNI with Debian's bridge, host-local and portmap."""
+"""What every pod network does, on a real kernel: the built-in bridge, and CNI's bridge, host-local and portmap, Debian's or native."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import asyncio
 import json
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from cri.config import Cni
+from cri.config import NATIVE_PLUGINS, Cni
 from cri.errors import CriError
 from cri.network.base import Network, PodNetwork, Result, Status
 from cri.network.bridge import BridgeNetwork
@@ -28,7 +28,15 @@ def bridge(directory: Path) -> Network:
     return BridgeNetwork(directory / "network", subnets=SUBNETS, boot_id="b", bridge="suite0")
 
 
-def cni(directory: Path) -> Network:
+def executed(directory: Path) -> Network:
+    return cni(directory, ())
+
+
+def native(directory: Path) -> Network:
+    return cni(directory, NATIVE_PLUGINS)
+
+
+def cni(directory: Path, native: tuple[str, ...]) -> Network:
     ipam = {"type": "host-local", "dataDir": str(directory / "ipam"), "ranges": [[{"subnet": s}] for s in SUBNETS]}
     ipam["routes"] = [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
     plugins = [
@@ -38,7 +46,17 @@ def cni(directory: Path) -> Network:
     configurations = directory / "net.d"
     configurations.mkdir(exist_ok=True)
     (configurations / "10.conflist").write_text(json.dumps({"cniVersion": "1.0.0", "name": "suite", "plugins": plugins}))
-    return CniNetwork(directory / "network", Cni(conf_dir=str(configurations), bin_dirs=(DEBIAN,)))
+    config = Cni(conf_dir=str(configurations), bin_dirs=(DEBIAN,), native_plugins=native)
+    return CniNetwork(directory / "network", config, sysctls=_sysctls)
+
+
+PODS: dict[str, Netns] = {}
+
+
+async def _sysctls(pod_id: str, write: Mapping[str, str | None]) -> tuple[dict[str, str], dict[str, int]]:
+    """As a child of the supervisor does it."""
+    await asyncio.to_thread(PODS[pod_id].call, lambda: [Path("/proc/sys", n).write_text(t) for n, t in write.items() if t is not None])
+    return {}, {}
 
 
 class Suite:
@@ -58,7 +76,9 @@ class Suite:
             return netns.netlink()
 
         names = {"namespace": "ns", "name": "p", "uid": "u"}
-        return PodNetwork(secrets.token_hex(32), path or netns.path, netlink=netlink, port_mappings=ports, **names)
+        pod_id = secrets.token_hex(32)
+        PODS[pod_id] = netns
+        return PodNetwork(pod_id, path or netns.path, netlink=netlink, port_mappings=ports, **names)
 
     def inside(self, pod: PodNetwork, *argv: str) -> str:
         return next(n for n in self._pods if n.path == pod.netns_path).run(*argv)
@@ -90,9 +110,9 @@ class Suite:
             netns.delete()
 
 
-@pytest.fixture(params=[bridge, cni], ids=["bridge", "cni"])
+@pytest.fixture(params=[bridge, executed, native], ids=["bridge", "executed", "native"])
 def suite(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Suite]:
-    if request.param is cni and not os.path.exists(f"{DEBIAN}/bridge"):
+    if request.param is executed and not os.path.exists(f"{DEBIAN}/bridge"):
         pytest.skip(f"no plugins in {DEBIAN}")
     suite = Suite(request.param, tmp_path)
     try:
