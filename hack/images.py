@@ -252,9 +252,9 @@ def many_layers(count: int = 120, **options: Any) -> Assembled:
     return assemble([base_layer(), *rest], dict(_CONFIG), **options)
 
 
-def big(megabytes: int = 300, layers: int = 10, files: int = 20_000, **options: Any) -> Assembled:
-    """Half compressible, half random content: what a pull benchmark wants."""
-    source = random.Random(1)
+def bulk(megabytes: int, layers: int, files: int, seed: int = 1) -> list[bytes]:
+    """Layer archives, half compressible, half random content: what a pull benchmark wants. Each seed gives others."""
+    source = random.Random(seed)
     per_layer, size = files // layers, megabytes * (1 << 20) // files
     made = []
     for n in range(layers):
@@ -265,7 +265,11 @@ def big(megabytes: int = 300, layers: int = 10, files: int = 20_000, **options: 
             text = b"%08d the quick brown fox\n" % i
             layer.file(f"big/{n}/{i // 50}/{i}", source.randbytes(size // 2) + text * (size // 2 // len(text)))
         made.append(layer.finish())
-    return assemble([base_layer(), *made], dict(_CONFIG), **{"level": 1, **options})
+    return made
+
+
+def big(megabytes: int = 300, layers: int = 10, files: int = 20_000, **options: Any) -> Assembled:
+    return assemble([base_layer(), *bulk(megabytes, layers, files)], dict(_CONFIG), **{"level": 1, **options})
 
 
 def multi(**options: Any) -> Assembled:

@@ -253,6 +253,9 @@ class Fake:
         fake = self
 
         class Handler(_Quiet):
+            def blobs(self) -> dict[str, bytes]:
+                return fake.blobs
+
             def do_GET(self) -> None:
                 fake.seen.append((self.command, self.path, dict(self.headers)))
                 if fake.hook is None or not fake.hook(self, self.path):
@@ -299,6 +302,55 @@ class Fake:
                 handler.reply(200, body)
         else:
             handler.reply(404, b'{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}')
+
+
+@dataclass
+class Metered:
+    """A hook of ``Fake`` that counts the bytes of blobs it serves. When ``budget`` of them are gone connections are cut, or nothing more
+    comes (``stall``), and new requests get a 503."""
+
+    budget: int | None = None
+    stall: bool = False
+    served: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, handler: Any, path: str) -> bool:
+        if "/blobs/" not in path:
+            return False
+        if self.budget == 0:
+            handler.reply(503, Retry_After="0")
+            return True
+        body = handler.blobs().get(path.rpartition("/")[2])
+        if body is None:
+            return False
+        start = int(handler.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(body) - start))
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        handler.end_headers()
+        for position in range(start, len(body), 1 << 16):
+            if not self._send(handler, body[position : position + (1 << 16)]):
+                break
+        return True
+
+    def _send(self, handler: Any, piece: bytes) -> bool:
+        with self._lock:
+            whole = self.budget is None or self.budget >= len(piece)
+            piece = piece if whole else piece[: self.budget]
+            self.served += len(piece)
+            if self.budget is not None:
+                self.budget -= len(piece)
+        try:
+            handler.wfile.write(piece)
+            if not whole:
+                handler.wfile.flush()
+                if self.stall:
+                    handler.rfile.read(1)
+                handler.connection.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the other side has had enough
+            return False
+        return whole
 
 
 def hosts_toml(directory: Path, domain: str, text: str) -> None:

@@ -43,6 +43,8 @@ class Layer:
         self._times: dict[bytes, int] = {}
         self._whiteouts: set[bytes] = set()
         self._root_seen = False
+        self._mine = (os.geteuid(), os.getegid())
+        self._inherits = False  # some directory hands its group on to what is made in it
         self.implicit: dict[bytes, None] = {}  # directories made without an entry: they take after the layers below
         self.entries = self.bytes = self.inodes = 0
         self.dropped = 0  # attributes left out
@@ -104,8 +106,9 @@ class Layer:
                 self._account(entry.size)
             else:
                 self._sparse(fd, entry, reader)
-            # Owner before mode and attributes: chown clears setuid bits and capabilities.
-            os.fchown(fd, entry.uid, entry.gid)
+            # Owner before mode and attributes: chown clears setuid bits and capabilities. What we make is ours already.
+            if self._inherits or (entry.uid, entry.gid) != self._mine:
+                os.fchown(fd, entry.uid, entry.gid)
             if entry.mode & 0o7000:
                 os.fchmod(fd, entry.mode)
             if entry.xattrs:
@@ -153,6 +156,7 @@ class Layer:
     def _finish_directory(self, path: bytes, entry: tar.Entry) -> None:
         where = path or b"."
         os.chown(where, entry.uid, entry.gid, follow_symlinks=False)
+        self._inherits = self._inherits or bool(entry.mode & stat.S_ISGID) or entry.gid != self._mine[1]
         os.chmod(where, entry.mode)  # Linux has no lchmod; the directory was just checked and nothing else runs in here
         if entry.xattrs:
             fd = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

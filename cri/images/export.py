@@ -109,9 +109,7 @@ class _Raw(io.RawIOBase):
         return len(data)
 
 
-def export(
-    target: Path, format: Format, compression: Compression, config: bytes, layers: Sequence[str], names: Sequence[str]
-) -> Exported:
+def export(target: Path, format: Format, compression: Compression, config: bytes, layers: Sequence[str], names: Sequence[str]) -> Exported:
     """Write the image of these ``layers`` (directories, bottom first) to ``target``, which must not exist. Raises OSError."""
     if format == "oci-dir":
         os.mkdir(target, 0o755)

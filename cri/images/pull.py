@@ -20,16 +20,17 @@ from cri.images import manifest as manifests
 from cri.images.auth import Credentials
 from cri.images.hosts import endpoints
 from cri.images.keyring import Keyring
-from cri.images.layer import Layer, fetch
+from cri.images.layer import DISK, Layer, fetch
 from cri.images.manifest import Index, Manifest, Platform
 from cri.images.measures import Measures
 from cri.images.model import config_from_json
+from cri.images.partials import LIFE, WORTH, Partials
 from cri.images.progress import LayerProgress, Phase, Progress
 from cri.images.reference import Reference
 from cri.images.registry import Document, Registry
 from cri.images.snapshots import Meta, Snapshots, chain_ids
 from cri.images.source import Source
-from cri.images.unpack import Limits, Unpacker
+from cri.images.unpack import Helper, Limits, Unpacker
 from shim.errors import Failure
 from shim.linux.process import boot_id
 
@@ -80,7 +81,7 @@ class Options:
 
 
 class Pulls:
-    """All pulls of a store. ``keep`` counts the chain ids that garbage collection must spare for them."""
+    """All pulls of a store. ``keep`` counts the chain ids of those that run."""
 
     def __init__(self, snapshots: Snapshots, options: Options, platform: Platform, known: Callable[[str], bytes | None]) -> None:
         """``known(digest)`` is an image config that is stored already."""
@@ -91,8 +92,19 @@ class Pulls:
         self._resolving: list[Progress] = []
         self._background: set[asyncio.Task[None]] = set()
         self._flushing, self._flush_waiting = asyncio.Lock(), False
+        self._helper = Helper()
+        self._partials = Partials(snapshots.root / "partials", snapshots.abandon)
         self.keep: Counter[str] = Counter()
         self.measures = Measures(self.progress)
+        self.freed: Callable[[], None] = lambda: None  # called when there may be something to collect that nothing else announces
+
+    def load(self) -> None:
+        """Read what earlier pulls left to go on from. The snapshots are loaded already."""
+        self._partials.load()
+
+    def spared(self) -> set[str]:
+        """Chain ids that garbage collection must leave: of pulls that run, and of those that were cut short not long ago."""
+        return set(self.keep) | self._partials.chain_ids()
 
     def progress(self) -> list[Progress]:
         return [*self._resolving, *(w.progress for w in self._work.values())]
@@ -146,12 +158,25 @@ class Pulls:
         return self._work[document.digest]
 
     def _end(self, work: _Work, digest: str) -> None:
-        """Nobody waits any more: cancel it if it is not done, and let go of its snapshots."""
+        """Nobody waits any more: cancel it if it is not done, and let go of its snapshots and partials, of the latter only if it is
+        complete or there is no room for them."""
         work.task.cancel()
         if self._work.get(digest) is work:
             del self._work[digest]
         self.keep.subtract(work.kept)
         self.keep = +self.keep
+        error = work.task.exception() if work.task.done() and not work.task.cancelled() else None
+        full = isinstance(error, Failure) and error.errno in DISK
+        if full or (work.task.done() and not work.task.cancelled() and error is None):
+            self._partials.end(digest)
+        else:
+            asyncio.get_running_loop().call_later(LIFE + 1, self._expire)
+        if full:
+            self.freed()
+
+    def _expire(self) -> None:
+        if self._partials.expire(self._work):
+            self.freed()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
@@ -185,18 +210,17 @@ class Pulls:
             if manifest.artifact_type:
                 return await self._artifact(source, document, manifest, progress, kept)
             config = self._known(manifest.config.digest)
-            # A new image needs a helper, which starts while the config travels.
-            starting = None if config else asyncio.create_task(Unpacker.start())
-            try:
-                if config is None:
-                    config = await source.small_blob(manifest.config.digest, manifest.config.size)
-                layers = self._plan(manifest, config, progress, kept)
-                if any(self._snapshots.get(layer.chain_id) is None for layer in layers):
-                    helper, starting = starting or asyncio.create_task(Unpacker.start()), None
-                    await self._layers(source, layers, helper)
-            finally:
-                if starting is not None:
-                    self._spawn(_stop(starting))
+            if config is None:
+                self._helper.start()  # a new image needs it: it starts while the config travels
+                config = await source.small_blob(manifest.config.digest, manifest.config.size)
+            layers = self._plan(manifest, config, progress, kept)
+            if any(self._snapshots.get(layer.chain_id) is None for layer in layers):
+                chains, blobs = tuple(x.chain_id for x in layers), tuple(x.descriptor.digest for x in layers)
+                if source.remote:
+                    self._partials.begin(document.digest, chains, blobs)
+                async with self._helper.lease() as unpacker:
+                    await self._layers(source, layers, unpacker)
+                self._spawn(self._make_durable())
             progress.phase = Phase.DONE
             chains = tuple(layer.chain_id for layer in layers)
             return Pulled(f"sha256:{hashlib.sha256(config).hexdigest()}", document, manifest, config, chains)
@@ -217,7 +241,7 @@ class Pulls:
                 self._snapshots.abandon(path)
                 self._snapshots.empty_trash()
                 raise
-            self._spawn(self._make_durable(await Unpacker.start()))
+            self._spawn(self._make_durable())
         else:
             for layer in progress.layers:
                 layer.phase = Phase.EXISTS
@@ -244,17 +268,11 @@ class Pulls:
         progress.layers = [layer.progress for layer in layers]
         return layers
 
-    async def _layers(self, source: Source, layers: list[Layer], starting: asyncio.Task[Unpacker]) -> None:
+    async def _layers(self, source: Source, layers: list[Layer], unpacker: Unpacker) -> None:
         """Fetch the missing layers side by side, publish them bottom up."""
         mine: dict[str, asyncio.Future[None]] = {}
         for layer in layers:  # all at once, before anything is awaited: so that two pulls never wait for each other
             self._claim(layer.chain_id, mine)
-        try:
-            unpacker = await starting
-        except BaseException:
-            for chain_id in list(mine):
-                _release(self._claims, mine, chain_id)
-            raise
         limit = asyncio.Semaphore(self._options.parallel_layers)
         tasks = [asyncio.create_task(self._obtain(source, unpacker, layer, mine, limit)) for layer in layers]
         try:
@@ -266,7 +284,6 @@ class Pulls:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await unpacker.close()
             raise
         finally:
             for layer in layers:
@@ -274,7 +291,6 @@ class Pulls:
                 if layer.path is not None:
                     self._snapshots.abandon(layer.path)
             self._snapshots.empty_trash()
-        self._spawn(self._make_durable(unpacker))
 
     def _claim(self, chain_id: str, mine: dict[str, asyncio.Future[None]]) -> bool:
         if self._snapshots.get(chain_id) is None and chain_id not in self._claims:
@@ -288,7 +304,7 @@ class Pulls:
         while self._snapshots.get(layer.chain_id) is None:
             if self._claim(layer.chain_id, mine):
                 async with limit:
-                    await fetch(layer, source, unpacker, self._snapshots, self._options.limits)
+                    await fetch(layer, source, unpacker, self._snapshots, self._partials, self._options.limits)
                 return
             await asyncio.wait([self._claims[layer.chain_id]])
         layer.progress.phase = Phase.EXISTS
@@ -314,20 +330,19 @@ class Pulls:
                 ),
             )
             layer.path = None
+            if layer.descriptor.size >= WORTH:
+                self._partials.drop(layer.descriptor.digest)
 
-    async def _make_durable(self, unpacker: Unpacker) -> None:
-        """syncfs after a pull, with its helper. Pulls that end while one waits for its turn are covered by that one."""
-        try:
-            if self._flush_waiting:
-                return
-            self._flush_waiting = True
-            async with self._flushing:
-                self._flush_waiting = False
-                chains = self._snapshots.not_durable()
-                await unpacker.sync(self._snapshots.directory)
-                self._snapshots.mark_durable(chains)
-        finally:
-            await unpacker.close()
+    async def _make_durable(self) -> None:
+        """syncfs after a pull. Pulls that end while one waits for its turn are covered by that one."""
+        if self._flush_waiting:
+            return
+        self._flush_waiting = True
+        async with self._flushing, self._helper.lease() as unpacker:
+            self._flush_waiting = False
+            chains = self._snapshots.not_durable()
+            await unpacker.sync(self._snapshots.directory)
+            self._snapshots.mark_durable(chains)
 
     async def close(self) -> None:
         """Cancel what is in flight and wait for it."""
@@ -341,10 +356,7 @@ class Pulls:
                 await asyncio.wait(set(self._background), timeout=_PATIENCE)
             for background in self._background:
                 background.cancel()
-
-
-async def _stop(starting: asyncio.Task[Unpacker]) -> None:
-    await (await starting).close()
+        await self._helper.close()
 
 
 def _release(claims: dict[str, asyncio.Future[None]], mine: dict[str, asyncio.Future[None]], chain_id: str) -> None:

@@ -237,7 +237,10 @@ class Snapshots:
 def _delete(trash: Path) -> None:
     for path in trash.iterdir():
         try:
-            trees.delete(path)
+            if path.is_dir():
+                trees.delete(path)
+            else:
+                path.unlink(missing_ok=True)  # a partial layer
         except OSError as error:
             # Another deletion may be at the same tree; what neither removes is tried again at the next.
             log.warning("discarded layer %s is not deleted yet: %s", path.name, error)

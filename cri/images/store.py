@@ -60,6 +60,7 @@ class Images:
         )
         self.platform = platform or manifest.host_platform()
         self.pulls = Pulls(self.snapshots, options, self.platform, self._known_config)
+        self.pulls.freed = self._collect
         self._usage = Containers(self.snapshots)
 
     # -- life ---------------------------------------------------------------------------------------------------------------
@@ -69,6 +70,7 @@ class Images:
         self.trust.load()
         self.snapshots.load()
         self._shared.load(self.snapshots)
+        self.pulls.load()
         for directory in (self._records_dir, self._documents_dir):
             directory.mkdir(mode=0o700, exist_ok=True)
             directory.chmod(0o700)
@@ -318,7 +320,7 @@ class Images:
 
     def _collect(self) -> None:
         """Delete what no image, container or pull refers to."""
-        wanted = {c for r in self._records.values() for c in r.image.chain_ids} | set(self.pulls.keep)
+        wanted = {c for r in self._records.values() for c in r.image.chain_ids} | self.pulls.spared()
         self.snapshots.remove_except(wanted)
         documents = {d.partition(":")[2] for r in self._records.values() for d in (r.config_digest, r.image.manifest_digest)}
         for path in self._documents_dir.iterdir():

@@ -8,8 +8,8 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from shim.errors import Failure
 
 _PIPE = 1 << 20
 _PATIENCE = 5.0  # seconds
+_DRAIN = 1.0  # seconds for what is left in a pipe
+_IDLE = 20.0  # seconds that a helper without work is kept: it costs 50 ms of CPU to start and 9 MiB to keep
 _ROOT = str(Path(cri.__file__).resolve().parent.parent)
 _CODE = "import sys; sys.path.append(sys.argv[1]); from cri.images.unpack_worker import main; main(int(sys.argv[2]))"
 
@@ -48,6 +50,14 @@ class Unpacked:
     entries: int
     implicit: int = 0  # directories that still have to take after the layers below
     dropped: int = 0  # extended attributes left out
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A file that has the first ``size`` bytes of an archive and takes the rest."""
+
+    fd: int
+    size: int
 
 
 class Feed:
@@ -92,10 +102,15 @@ class Feed:
 class Unpacker:
     """One helper process. Close it; a daemon that dies takes it along."""
 
+    @property
+    def alive(self) -> bool:
+        return not self._ended
+
     def __init__(self, process: asyncio.subprocess.Process, channel: socket.socket) -> None:
         self._process, self._channel = process, channel
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = 0
+        self._ended = False
         asyncio.get_running_loop().add_reader(channel.fileno(), self._readable)
 
     @classmethod
@@ -129,15 +144,22 @@ class Unpacker:
         ours.setblocking(False)
         return cls(process, ours)
 
-    async def unpack(self, directory: Path, compressed: int, algorithm: str, limits: Limits) -> Feed:
-        """Begin to apply an archive of ``compressed`` bytes to the empty ``directory``."""
+    async def unpack(self, directory: Path, compressed: int, algorithm: str, limits: Limits, kept: Kept | None = None) -> Feed:
+        """Begin to apply an archive of ``compressed`` bytes to the empty ``directory``. What ``kept`` has of it already is read from
+        there, and what is fed is added to it."""
         read, write = os.pipe2(os.O_CLOEXEC)
         try:
             with suppress(PermissionError):  # beyond the user's pipe allowance: the default 64 KiB works as well
                 fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, _PIPE)
             os.set_blocking(write, False)
-            request = {"op": "unpack", "entries": limits.entries, "size": limits.bytes_for(compressed), "algorithm": algorithm}
-            number, answer = await self._send(request, (directory,), (read,))
+            request: dict[str, Any] = {
+                "op": "unpack",
+                "entries": limits.entries,
+                "size": limits.bytes_for(compressed),
+                "algorithm": algorithm,
+            }
+            request["have"] = kept.size if kept else 0
+            number, answer = await self._send(request, (directory,), (read, kept.fd) if kept else (read,))
         except BaseException:
             os.close(write)
             raise
@@ -150,6 +172,16 @@ class Unpacker:
         done = asyncio.ensure_future(finish())
         done.add_done_callback(lambda f: f.cancelled() or f.exception())  # an abandoned archive's error is nobody's
         return Feed(write, number, done)
+
+    async def abandon(self, feed: Feed) -> None:
+        """End an unpacking that is not wanted: it keeps what it was fed, and is killed if that takes long."""
+        feed.close()
+        done, _ = await asyncio.wait([feed.done], timeout=_DRAIN)
+        if not done and self.alive:
+            with suppress(Failure):
+                await self._send({"op": "stop", "layer": feed.number}, ())
+            await asyncio.wait([feed.done], timeout=_PATIENCE)
+        feed.done.cancel()
 
     async def settle(self, layer: int, directory: Path, snapshots: Path, below: Sequence[str]) -> None:
         """Let implied directories of the layer unpacked as number ``layer`` take after ``below``, topmost first."""
@@ -223,7 +255,64 @@ class Unpacker:
             )
 
     def _fail(self, why: str) -> None:
+        self._ended = True
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(Failure("unpack layer", message=why))
         self._waiting.clear()
+
+
+class Helper:
+    """The helper that all pulls share: started for the first, ended when none has needed it for a while."""
+
+    def __init__(self) -> None:
+        self._starting: asyncio.Task[Unpacker] | None = None
+        self._users = 0
+        self._idle: asyncio.TimerHandle | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Begin to start it, if it is not there: a pull calls this before it knows whether it will need it."""
+        ready = self._starting
+        if ready is None or (ready.done() and (ready.cancelled() or ready.exception() or not ready.result().alive)):
+            self._retire()
+            self._starting = asyncio.create_task(Unpacker.start())
+            self._starting.add_done_callback(lambda t: t.cancelled() or t.exception())  # said by ``lease``
+        self._rest()
+
+    @asynccontextmanager
+    async def lease(self) -> AsyncIterator[Unpacker]:
+        """The running helper, for as long as the context lasts."""
+        self._users += 1
+        try:
+            self.start()
+            assert self._starting is not None
+            yield await asyncio.shield(self._starting)
+        finally:
+            self._users -= 1
+            self._rest()
+
+    async def close(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+        self._retire()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    def _rest(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+        if not self._users:
+            self._idle = asyncio.get_running_loop().call_later(_IDLE, self._retire)
+
+    def _retire(self) -> None:
+        if self._starting is not None:
+            task = asyncio.create_task(_end(self._starting))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+            self._starting = None
+
+
+async def _end(starting: asyncio.Task[Unpacker]) -> None:
+    with suppress(Failure, OSError):  # one that did not start has nothing to end; who needed it was told
+        await (await starting).close()

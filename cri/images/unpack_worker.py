@@ -1,28 +1,27 @@
-"""The unpack helper: one process per pull, exec'd by the daemon with an empty environment and one socket.
+"""The unpack helper: one process for all pulls, exec'd by the daemon with an empty environment and one socket.
 
 It loads its decompressors, gives up the network, and then serves three requests (JSON over SOCK_SEQPACKET, descriptors beside it):
 
-``{"op": "unpack", "id", "entries", "size", "algorithm"}`` + (layer directory, pipe): a forked child confines itself into the
-directory and applies the archive from the pipe. The child has no way to set ``trusted.overlay.opaque``; it sends the directories
-here, as descriptors, and this process, which never reads an archive, sets it.
+``{"op": "unpack", "id", "entries", "size", "algorithm", "have"}`` + (layer directory, pipe[, file that keeps the archive and has its
+first ``have`` bytes]): a forked child confines itself into the directory and applies the archive. The child has no way to set
+``trusted.overlay.opaque``; it sends the directories here, as descriptors, and this process, which never reads an archive, sets it.
+
+``{"op": "stop", "id", "layer"}``: the child of that request is killed. No answer but that of the request.
 
 ``{"op": "settle", "id", "below": [names, topmost first]}`` + (layer directory, directory of snapshots): directories the archive
 implied without an entry take mode, owner and attributes of the layers below, else they would hide them with root's 0755.
 
 ``{"op": "sync", "id"}`` + (directory): everything written to its file system is on the disk.
 
-Imports: stdlib, decompressors, shim.linux, and two stdlib-only modules beside this one.
+Imports: stdlib, decompressors, shim.linux, and stdlib-only modules beside this one.
 """
 
 from __future__ import annotations
 
 import errno
 import gc
-import hashlib
-import io
 import json
 import os
-import resource
 import select
 import signal
 import socket
@@ -31,189 +30,18 @@ import sys
 import threading  # noqa: F401  # os.fork looks it up
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
-import zstandard
-
-try:
-    # The raw reader: IGzipFile buffers, and every byte would be copied once more.
-    from isal.isal_zlib import _GzipReader as Gzip
-except ImportError:  # no wheel for this machine
-
-    def Gzip(source: Any, buffersize: int) -> Any:  # type: ignore[no-redef]
-        import gzip
-
-        return gzip.GzipFile(fileobj=source)
-
-
-from cri.images import apply, tar
-from shim.linux import caps, libc, mount, process
+from cri.images import apply, unpack_child
+from cri.images.unpack_child import IMPLICIT, OPAQUE, RESULT
+from cri.images.unpack_filter import Filter
+from shim.linux import libc, process
 
 _SYNCFS = {"x86_64": 306, "aarch64": 267}[libc.MACHINE]
-_MESSAGE = 60_000  # bytes: below the default socket buffer with room for descriptors
-_FDS = 200  # per message; the kernel takes 253
-_MEMORY = 2 << 30  # address space of a child: interpreter, buffers, a zstd window of 128 MiB
-_WINDOW = 1 << 27
-_KEEP = ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_MKNOD", "CAP_SETFCAP")
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_EMPTY_GZIP = b"\x1f\x8b\x08\0\0\0\0\0\0\x03\x03\0\0\0\0\0\0\0\0\0"
-_OPAQUE, _IMPLICIT, _RESULT = b"O", b"I", b"R"
-
-
-class _Stream(Protocol):
-    def readinto(self, buffer: Any, /) -> int | None: ...
-
-
-# -- child ------------------------------------------------------------------------------------------------------------------
-
-
-def decompressor(source: io.BufferedReader[Any]) -> _Stream:
-    """By magic, not by media type: registries hold zstd layers labelled gzip, and containerd takes them."""
-    head = source.peek(4)[:4]
-    if head.startswith(_GZIP):
-        return Gzip(source, 1 << 18)
-    if head == _ZSTD:
-        # Seekable and chunked writers produce several frames.
-        return zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(source, read_across_frames=True)
-    return source
-
-
-def unpack(
-    source: io.BufferedReader[Any], limits: apply.Limits, algorithm: str, opaque: Callable[[int], None]
-) -> tuple[apply.Layer, str, int]:
-    """Apply the archive to the current directory: (layer, diff id, bytes of the archive)."""
-    digest, total = hashlib.new(algorithm), 0
-
-    def filled(view: memoryview) -> None:
-        nonlocal total
-        total += len(view)
-        if total > limits.size:
-            raise apply.LayerError(f"unpacks to more than {limits.size} bytes")
-        digest.update(view)
-
-    stream = decompressor(source)
-    reader = tar.Reader(lambda view: stream.readinto(view) or 0, filled)
-    layer = apply.Layer(opaque, limits)
-    layer.apply(reader)
-    reader.drain()
-    return layer, f"{algorithm}:{digest.hexdigest()}", total
-
-
-def confine(directory: int) -> None:
-    """Make the layer directory the whole world of this process, with the capabilities that file metadata needs and no others."""
-    tree = mount.clone_mount(directory)
-    mount.mount_setattr(tree, set=mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC, propagation=mount.MS_PRIVATE)
-    libc.unshare(libc.CLONE_NEWNS)
-    mount.mount("", "/", "", mount.MS_REC | mount.MS_PRIVATE)
-    target = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # any directory of the root: it is about to go
-    mount.move_mount(tree, target)
-    os.close(target)
-    os.fchdir(tree)
-    os.close(tree)
-    libc.pivot_root(".", ".")
-    mount.umount2(".", mount.MNT_DETACH)
-    os.chdir("/")
-    os.umask(0)
-    for what, bound in (
-        (resource.RLIMIT_AS, _MEMORY),
-        (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NOFILE, 512),
-    ):
-        resource.setrlimit(what, (bound, bound))
-    keep = caps.mask(_KEEP)
-    caps.drop_bounding(keep)
-    caps.set_ambient(0)
-    libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
-    caps.set_caps(keep, keep, 0)
-    process.set_dumpable(False)
-
-
-class _Reports:
-    """The child's end towards the helper: batches of descriptors and names, then one result."""
-
-    def __init__(self, channel: socket.socket) -> None:
-        self._channel = channel
-        self._fds: list[int] = []
-
-    def opaque(self, fd: int) -> None:
-        self._fds.append(fd)
-        if len(self._fds) >= _FDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._fds:
-            socket.send_fds(self._channel, [_OPAQUE], self._fds)
-            for fd in self._fds:
-                os.close(fd)
-            self._fds = []
-
-    def implicit(self, names: list[bytes]) -> None:
-        batch: list[bytes] = []
-        length = 0
-        for name in names:
-            if batch and length + len(name) > _MESSAGE - 8192:
-                self._channel.send(_IMPLICIT + b"\0".join(batch))
-                batch, length = [], 0
-            batch.append(name)
-            length += len(name) + 1
-        if batch:
-            self._channel.send(_IMPLICIT + b"\0".join(batch))
-
-    def result(self, document: dict[str, Any]) -> None:
-        self._channel.send(_RESULT + json.dumps(document).encode())
-
-
-def _child(request: dict[str, Any], directory: int, pipe: int, channel: socket.socket) -> NoReturn:
-    status = 1
-    try:
-        reports = _Reports(channel)
-        try:
-            process.set_parent_death_signal(signal.SIGKILL)
-            process.close_all_except((directory, pipe, channel.fileno()))
-            confine(directory)
-            process.set_parent_death_signal(signal.SIGKILL)  # the kernel forgets it when credentials change
-            os.close(directory)
-            source: io.BufferedReader[Any] = io.BufferedReader(io.FileIO(pipe), 1 << 18)
-            with source:
-                limits = apply.Limits(int(request["entries"]), int(request["size"]))
-                layer, diff_id, total = unpack(source, limits, str(request["algorithm"]), reports.opaque)
-            reports.flush()
-            reports.implicit(list(layer.implicit))
-            result: dict[str, Any] = {
-                "ok": {
-                    "diff_id": diff_id,
-                    "archive": total,
-                    "bytes": layer.bytes,
-                    "inodes": layer.inodes,
-                    "entries": layer.entries,
-                    "dropped": layer.dropped,
-                }
-            }
-            status = 0
-        except BaseException as error:
-            result = {"error": _explain(error)}
-        reports.result(result)
-    finally:
-        os._exit(status)
-
-
-def _explain(error: BaseException) -> dict[str, Any]:
-    if isinstance(error, apply.LayerError):
-        path = error.path[:1024].decode("utf-8", "replace")
-        return {"message": error.message, "path": path, "errno": error.errno}
-    if isinstance(error, OSError):
-        return {"message": "", "path": str(error.filename or "")[:1024], "errno": error.errno}
-    if isinstance(error, MemoryError):
-        return {"message": f"needs more than {_MEMORY} bytes of memory", "errno": errno.ENOMEM}
-    return {"message": f"{type(error).__name__}: {error}"[:1024]}
-
-
-# -- helper -----------------------------------------------------------------------------------------------------------------
 
 
 class _Job:
-    """One layer in a child."""
+    """What a child does."""
 
     def __init__(self, number: int, pid: int, directory: int, channel: socket.socket) -> None:
         self.number, self.pid, self.directory, self.channel = number, pid, directory, channel
@@ -229,6 +57,7 @@ class Helper:
         self._daemon = daemon
         self._jobs: dict[int, _Job] = {}  # by channel fd
         self._implicit: dict[int, list[bytes]] = {}  # by request, until settled
+        self._filter = Filter()
         self._poll = select.poll()
         self._poll.register(daemon, select.POLLIN)
 
@@ -248,15 +77,16 @@ class Helper:
         request = json.loads(message)
         try:
             if request["op"] == "unpack":
-                self._start(request, *fds)
+                self._unpack(request, *fds)
+            elif request["op"] == "stop":
+                self._stop(request["layer"])
             elif request["op"] == "settle":
                 self._settle(request, *fds)
                 self._answer(request["id"], {"ok": {}})
             else:
-                libc.syscall(_SYNCFS, *fds)  # may take seconds, and nothing else is asked of this process by then
-                self._answer(request["id"], {"ok": {}})
+                self._fork(request, fds[0], lambda channel: _sync(fds[0], channel))
         except OSError as error:
-            self._answer(request["id"], {"error": _explain(error)})
+            self._answer(request["id"], {"error": unpack_child.explain(error)})
         finally:
             for fd in fds:
                 os.close(fd)
@@ -266,15 +96,24 @@ class Helper:
         with suppress(BrokenPipeError):  # the daemon is gone; the next poll says so
             self._daemon.send(json.dumps({"id": number, **document}).encode())
 
-    def _start(self, request: dict[str, Any], directory: int, pipe: int) -> None:
+    def _unpack(self, request: dict[str, Any], directory: int, pipe: int, kept: int = -1) -> None:
+        self._fork(request, directory, lambda channel: unpack_child.child(request, directory, pipe, kept, channel, self._filter))
+
+    def _fork(self, request: dict[str, Any], directory: int, work: Callable[[socket.socket], NoReturn]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
-            _child(request, directory, pipe, theirs)
+            work(theirs)
         theirs.close()
         job = _Job(request["id"], pid, os.dup(directory), ours)
         self._jobs[ours.fileno()] = job
         self._poll.register(ours, select.POLLIN)
+
+    def _stop(self, number: int) -> None:
+        for job in self._jobs.values():
+            if job.number == number:
+                job.result = {"error": {"message": "stopped"}}
+                os.kill(job.pid, signal.SIGKILL)
 
     def _report(self, job: _Job) -> None:
         message, fds, flags, _ = socket.recv_fds(job.channel, 1 << 17, 253)
@@ -282,11 +121,11 @@ class Helper:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 job.result = {"error": {"message": "report too long"}}
                 os.kill(job.pid, signal.SIGKILL)
-            elif message[:1] == _OPAQUE:
+            elif message[:1] == OPAQUE:
                 self._make_opaque(job, fds)
-            elif message[:1] == _IMPLICIT:
+            elif message[:1] == IMPLICIT:
                 job.implicit += message[1:].split(b"\0")
-            elif message[:1] == _RESULT:
+            elif message[:1] == RESULT:
                 job.result = job.result or json.loads(message[1:])
             else:
                 self._finish(job)
@@ -371,23 +210,27 @@ def _copy_attributes(layer: int, path: str, found: int) -> None:
         os.close(target)
 
 
-def _warm() -> None:
-    """Everything that is loaded at first use, before there is nothing to load from."""
-    for encoding in ("utf-8", "ascii", "latin-1"):
-        b"x\xff".decode(encoding, "replace")
-    os.fsdecode(b"\xff")
-    for algorithm in ("sha256", "sha384", "sha512"):
-        hashlib.new(algorithm, b"x").hexdigest()
-    json.dumps({"x": "\udcff"})
-    zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(io.BytesIO(b""), read_across_frames=True).read(1)
-    Gzip(io.BytesIO(_EMPTY_GZIP), 1 << 18).readinto(bytearray(1))
+def _sync(directory: int, channel: socket.socket) -> NoReturn:
+    """syncfs(2) in a child: it may take seconds."""
+    status = 1
+    try:
+        process.set_parent_death_signal(signal.SIGKILL)
+        try:
+            libc.syscall(_SYNCFS, directory)
+            result: dict[str, Any] = {"ok": {}}
+        except OSError as error:
+            result = {"error": unpack_child.explain(error)}
+        channel.send(RESULT + json.dumps(result).encode())
+        status = 0
+    finally:
+        os._exit(status)
 
 
 def main(fd: int) -> None:
     daemon = socket.socket(fileno=fd)
     process.close_all_except((0, 1, 2, fd))
     process.set_parent_death_signal(signal.SIGKILL)
-    _warm()
+    unpack_child.warm()
     libc.unshare(libc.CLONE_NEWNET | libc.CLONE_NEWIPC | libc.CLONE_NEWUTS)
     process.set_dumpable(False)
     gc.freeze()

@@ -15,11 +15,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from hack.bench import endpoints, measure, report, streaming
+from hack.bench import endpoints, measure, pulls, report, streaming
 from hack.bench.measure import Bench, Row, Sizes
 from hack.node import REPOSITORY, Node, end_cgroup
 
 LIMIT = 600.0  # seconds that one measurement may take
+NAMES = (
+    *("life_cycle", "pod_network", "life_cycle_cpu", "exec_sync", "burst", "idle", "crowd", "logs"),
+    *("pulls", "streaming", "baseline"),
+)
 SOURCES = Path(__file__).with_name("c")
 
 
@@ -31,18 +35,16 @@ def build(directory: Path) -> None:
         subprocess.run(command, check=True, timeout=120)
 
 
-def measurements(bench: Bench, programs: Path) -> dict[str, Callable[[], list[Row]]]:
-    found = {
-        name: partial(getattr(measure, name), bench)
-        for name in ("life_cycle", "pod_network", "life_cycle_cpu", "exec_sync", "burst", "idle", "crowd", "logs", "pull")
-    }
-    return {**found, "streaming": partial(streaming.streaming, bench), "baseline": partial(measure.baseline, bench, programs)}
+def measurements(bench: Bench, programs: Path, node: Node) -> dict[str, Callable[[], list[Row]]]:
+    found = {name: partial(getattr(measure, name), bench) for name in NAMES[:8]}
+    more = {"pulls": partial(pulls.pulls, bench, node), "streaming": partial(streaming.streaming, bench)}
+    return {**found, **more, "baseline": partial(measure.baseline, bench, programs)}
 
 
-def run(bench: Bench, programs: Path, only: Sequence[str]) -> list[Row]:
+def run(bench: Bench, programs: Path, node: Node, only: Sequence[str]) -> list[Row]:
     """All measurements; one that fails is a row that says so, and the others go on."""
     rows: list[Row] = []
-    for name, action in measurements(bench, programs).items():
+    for name, action in measurements(bench, programs, node).items():
         if only and name not in only:
             continue
         print(f"== {name}", file=sys.stderr, flush=True)
@@ -63,6 +65,7 @@ def run(bench: Bench, programs: Path, only: Sequence[str]) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="hack/bench/run")
+    parser.add_argument("names", nargs="*", metavar="MEASUREMENT", help="as --only")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also put the table between the markers of FILE")
     parser.add_argument("--only", default="", metavar="NAME,...", help="these measurements")
@@ -71,7 +74,9 @@ def main() -> int:
     parser.add_argument("--crowd-all", action="store_true", help="500 pods for the peer too (6 GB)")
     arguments = parser.parse_args()
     sizes = Sizes.quick() if arguments.quick else Sizes()
-    only = [name for name in arguments.only.split(",") if name]
+    only = [name for name in (*arguments.only.split(","), *arguments.names) if name]
+    if unknown := set(only) - set(NAMES):
+        parser.error(f"no measurement {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with contextlib.ExitStack() as stack:
         scratch = Path(tempfile.mkdtemp(prefix="csb"))
@@ -81,8 +86,7 @@ def main() -> int:
         stack.callback(node.down)
         node.up()
         registry = stack.enter_context(node.registry(scratch / "registry", "busybox"))
-        megabytes = sizes.pull_megabytes if not only or "pull" in only else 0
-        push = [sys.executable, "-m", "hack.bench.images", registry, str(scratch / "programs"), str(megabytes)]
+        push = [sys.executable, "-m", "hack.bench.images", registry, "tools", str(scratch / "programs")]
         subprocess.run(node.command(*push), check=True, cwd=REPOSITORY, timeout=600)
         stack.callback(end_cgroup, endpoints.CGROUP)
         compared = [endpoints.cri_shim(node, scratch)]
@@ -94,7 +98,7 @@ def main() -> int:
         bench = Bench(compared, registry, sizes, scratch, arguments.crowd_all, node.netns)
         for endpoint in compared:
             endpoint.pull(bench.image)
-        rows = run(bench, scratch / "programs", only)
+        rows = run(bench, scratch / "programs", node, only)
         table = report.markdown(rows, compared)
     print(table)
     if arguments.markdown:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ LIMIT = 16 << 20
 CGROUP = f"/crishim-bench-{os.getpid()}"
 PAUSE = "bench/pause:latest"
 IMAGE = "bench/tools:latest"
+_serial = itertools.count(1)
 
 
 @dataclass
@@ -182,7 +184,7 @@ def spawn(node: Node, endpoint: Endpoint, *argv: str, env: dict[str, str] | None
 def make(node: Node, name: str, scratch: Path) -> Endpoint:
     directory = scratch / name
     (directory / "logs").mkdir(parents=True)
-    return Endpoint(name, directory / "state" / "cri.sock", f"{CGROUP}/{name}", directory=directory)
+    return Endpoint(name, directory / "state" / "cri.sock", f"{CGROUP}/{name}-{next(_serial)}", directory=directory)
 
 
 PLUGINS = "/usr/lib/cni"  # Debian's

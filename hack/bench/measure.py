@@ -46,11 +46,10 @@ class Sizes:
     crowd: int = 500
     lines: int = 2_000_000
     pulls: int = 3
-    pull_megabytes: int = 150
 
     @classmethod
     def quick(cls) -> Sizes:
-        return cls(6, 30, 80, 20, 10, 5, 60, 200_000, 1, 30)
+        return cls(6, 30, 80, 20, 10, 5, 60, 200_000, 1)
 
 
 @dataclass
@@ -311,7 +310,7 @@ def start_median(endpoint: Endpoint, bench: Bench) -> float:
     return statistics.median(times)
 
 
-# -- logs and images
+# -- logs
 
 
 def logs(bench: Bench) -> list[Row]:
@@ -360,24 +359,6 @@ def bad_lines(log: Path, expected: int) -> int:
                 bad += 1
             seen += 1
     return bad + abs(expected - seen)
-
-
-def pull(bench: Bench) -> list[Row]:
-    size = bench.sizes.pull_megabytes
-    reference = f"{bench.registry}/bench/big:latest"
-    seconds, cpu = Row(f"image pull, {size} MB in 8 layers, {50 * size} files", "s"), Row("the same, CPU", "CPU-s")
-    times: dict[str, list[float]] = defaultdict(list)
-    spent: dict[str, list[float]] = defaultdict(list)
-    for endpoint in turns(bench, bench.sizes.pulls):
-        before, began = endpoint.cpu(), time.perf_counter()
-        endpoint.pull(reference)
-        times[endpoint.name].append(time.perf_counter() - began)
-        spent[endpoint.name].append(endpoint.cpu() - before)
-        endpoint.remove_image(reference)
-        subprocess.run(["sync"], check=True)  # what one has written must not be the other's burden
-    for name, values in times.items():
-        seconds.values[name], cpu.values[name] = statistics.median(values), statistics.median(spent[name])
-    return [seconds, cpu]
 
 
 # -- the floor
