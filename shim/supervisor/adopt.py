@@ -19,9 +19,9 @@ from shim.oci import bundle as bundles
 from shim.oci.bundle import ExitRecord
 from shim.runtime import pins, userns
 from shim.runtime.channel import Channel
-from shim.supervisor import exits
+from shim.supervisor import exits, ooms
 from shim.supervisor.children import Process
-from shim.supervisor.containers import open_ends, watch_oom
+from shim.supervisor.containers import open_ends
 from shim.supervisor.logs import Logs
 from shim.supervisor.request import Request
 from shim.supervisor.restore import Restore
@@ -82,7 +82,7 @@ async def watch_groups(core: Core) -> None:
             core.log(str(failure))
             continue
         for container in some:
-            watch_oom(core, container, [fd for name, fd in fds.items() if name.startswith(container.id)])
+            ooms.watch(core, container, [fd for name, fd in fds.items() if name.startswith(container.id)])
 
 
 async def sweep_pins(core: Core) -> None:

@@ -13,16 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 from shim import cgroups
-from shim.cgroups import oom
 from shim.errors import Failure
 from shim.linux import process as processes
 from shim.oci.bundle import ExitRecord
 from shim.runtime import create as creating
 from shim.runtime import hooks, jobs, pins
-from shim.supervisor import exits, leftovers, listening
+from shim.supervisor import exits, leftovers, listening, ooms
 from shim.supervisor.children import Failed, Process
 from shim.supervisor.logs import Logs
-from shim.supervisor.loop import OOM
 from shim.supervisor.request import Request
 from shim.supervisor.table import Container, Core, forget, save
 
@@ -113,7 +111,7 @@ async def _created(core: Core, container: Container) -> None:
     if "report" in fds:
         job.narrow(fds.pop("report"))
     container.group = cgroups.Group.from_json(facts["cgroup"])
-    watch_oom(core, container, [fds[name] for name in sorted(fds)])
+    ooms.watch(core, container, [fds[name] for name in sorted(fds)])
     container.user, container.hooks = facts["user"], tuple(facts.get("hooks", ()))
     container.pinned = bool(facts["pinned"])
     if facts["pid"]:
@@ -126,24 +124,6 @@ def _slot(container: Container) -> int:
     if container.slot is None:
         raise Failure("container", path=container.id, message="has no launch slot")
     return container.slot
-
-
-def watch_oom(core: Core, container: Container, fds: list[int]) -> None:
-    """Count the group's OOM kills; the fds were opened by the child that made the group."""
-    if container.group is None or not fds:
-        for fd in fds:
-            os.close(fd)
-        return
-    watch = container.oom = oom.OomWatch(container.group.version, fds)
-
-    core.loop.add(watch.fileno(), lambda: exits.count_oom(core, container), OOM, watch.events)
-
-
-def unwatch_oom(core: Core, container: Container) -> None:
-    if container.oom is not None:
-        core.loop.remove(container.oom.fileno())
-        container.oom.close()
-        container.oom = None
 
 
 async def run_hooks(core: Core, container: Container, stage: str, pid: int) -> None:
@@ -184,7 +164,7 @@ async def remove_cgroup(core: Core, group: cgroups.Group | None, name: str) -> N
 async def _discard(core: Core, logs: Logs, container: Container) -> None:
     """Let go of everything that is held of it."""
     del core.table.containers[container.id]
-    unwatch_oom(core, container)
+    ooms.unwatch(core, container)
     # A log of a container that never ran would be counted as a restart: the kubelet numbers its next attempt by the files it finds.
     removed = logs.ask("remove", container.id, unused=not container.started_at)
     container.close()

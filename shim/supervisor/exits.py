@@ -14,6 +14,7 @@ from shim.linux import libc
 from shim.oci import bundle as bundles
 from shim.oci.bundle import ExitRecord
 from shim.runtime import jobs, pins
+from shim.supervisor import ooms
 from shim.supervisor.children import Ended, Process
 from shim.supervisor.logs import Logs
 from shim.supervisor.loop import Future
@@ -55,7 +56,7 @@ async def _exited(core: Core, logs: Logs, container: Container, process: Process
         ended, reason, message = Ended(128), "StartError", str(container.start_error)
     if not reason and (refusals := _refusals(core, container)):
         reason, message = SECCOMP_KILLED, refusals
-    count_oom(core, container)
+    ooms.count(core, container)
     if not container.own_pids and container.group is not None:
         try:  # what it had started goes with it, as in a PID namespace of its own
             await core.children.call(jobs.KillAll(container.group), "end container")
@@ -73,15 +74,6 @@ def _refusals(core: Core, container: Container) -> str:
         core.log(f"container {container.id}: {error}")
         return ""
     return f"Used forbidden syscalls: {refusals}" if refusals is not None and refusals.stopped else ""
-
-
-def count_oom(core: Core, container: Container) -> None:
-    """Read the counter, which on cgroup v1 moves only after its event, and tell the daemon when it has moved."""
-    if container.oom is None:
-        return
-    before, container.oom_kills = container.oom_kills, max(container.oom_kills, container.oom.read())
-    if container.oom_kills > before:
-        core.publish({"event": "container.oom", "id": container.id})
 
 
 async def record(core: Core, logs: Logs, container: Container, exit: ExitRecord) -> None:

@@ -156,6 +156,7 @@ class Table:
         self.pods: dict[str, Pod] = {}
         self.containers: dict[str, Container] = {}
         self.sessions: dict[str, Session] = {}
+        self.kills_above: dict[str, int] = {}  # OOM kills in a slice with containers of ours, as far as they are accounted for
         self.deleting: dict[Any, Task[None]] = {}  # by object: a second delete joins the first
 
     def pod(self, name: str) -> Pod:

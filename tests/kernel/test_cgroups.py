@@ -327,7 +327,7 @@ def test_out_of_memory_is_counted(layout: Layout, parent: str, run: Callable[...
     group = manager.create(layout, f"{parent}/a", Resources(memory=Memory(limit=16 * MIB, swap=16 * MIB)))
     watch = oom.OomWatch(group.version, oom.watch(group))
     poll = select.epoll()
-    poll.register(watch.fileno(), watch.events)
+    poll.register(watch.filenos()[0], watch.events)
     assert watch.read() == 0
     assert poll.poll(0) == []
 
