@@ -20,7 +20,7 @@ from shim.oci.spec import CPU, Memory, Resources
 Property: TypeAlias = tuple[str, tuple[str, Any]]
 
 INFINITY = (1 << 64) - 1
-_SECOND = 1_000_000  # µs
+_SECOND, _PERCENT = 1_000_000, 10_000  # µs
 _LETTERS = ((2, "r"), (4, "w"), (1, "m"))
 
 
@@ -89,7 +89,7 @@ def _cpu(cpu: CPU, version: int, update: bool) -> Iterator[Property]:
     if cpu.period and (update or cpu.period != plan.DEFAULT_PERIOD):
         yield "CPUQuotaPeriodUSec", ("t", cpu.period)
     if cpu.quota and (cpu.quota > 0 or update):
-        yield "CPUQuotaPerSecUSec", ("t", cpu.quota * _SECOND // (cpu.period or plan.DEFAULT_PERIOD) if cpu.quota > 0 else INFINITY)
+        yield "CPUQuotaPerSecUSec", ("t", _per_second(cpu.quota, cpu.period or plan.DEFAULT_PERIOD) if cpu.quota > 0 else INFINITY)
     if version == 2:  # systemd leaves cpusets of version 1 alone
         if cpu.cpus:
             yield "AllowedCPUs", ("ay", _mask(cpu.cpus))
@@ -122,7 +122,12 @@ def _unified(key: str, value: str) -> Iterator[Property]:
         elif quota.isdecimal() and (not period or period.isdecimal()):
             length = int(period or 0) or plan.DEFAULT_PERIOD
             yield "CPUQuotaPeriodUSec", ("t", length)
-            yield "CPUQuotaPerSecUSec", ("t", int(quota) * _SECOND // length)
+            yield "CPUQuotaPerSecUSec", ("t", _per_second(int(quota), length))
+
+
+def _per_second(quota: int, period: int) -> int:
+    """µs, rounded up to whole percents: systemd keeps no more over a reload, and would round down."""
+    return -(quota * _SECOND // (period * -_PERCENT)) * _PERCENT
 
 
 def _limit(value: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -52,6 +53,7 @@ class Daemon:
     env: dict[str, str] = field(default_factory=dict)
     registry_dir: str = ""
     subnets: tuple[str, ...] = ("10.213.0.0/16",)
+    driver: str = "cgroupfs"
     directory: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="csd")))
     process: subprocess.Popen[bytes] | None = None
     runtime: api_pb2_grpc.RuntimeServiceStub = field(init=False)
@@ -60,6 +62,12 @@ class Daemon:
     def __post_init__(self) -> None:
         self.cgroup_parent = f"/crishim-test-{os.getpid()}-{next(_serial)}"
         self.runtime_cgroup = f"{self.cgroup_parent}/runtime"
+        self.slice = ""
+        if self.driver != "cgroupfs":
+            self.slice = f"crishim{os.getpid()}x{next(_serial)}"
+            self.cgroup_parent = f"/{self.slice}.slice"
+            digest = hashlib.sha256(str(self.directory / "state").encode()).hexdigest()[:8]
+            self.runtime_cgroup = f"{self.cgroup_parent}/cri-shim-runtime-{digest}.scope"
         self.root, self.state = self.directory / "root", self.directory / "state"
         self.logs = self.directory / "logs"
         self.log = self.directory / "daemon.log"
@@ -70,10 +78,11 @@ class Daemon:
 
     def write_config(self) -> None:
         images = f'[images]\nregistry_dir = "{self.registry_dir}"\n' if self.registry_dir else ""
+        where = f"{self.slice}.slice" if self.slice else self.runtime_cgroup
         self.config.write_text(
             f'root = "{self.root}"\nstate = "{self.state}"\nlisten = "unix://{self.socket}"\n'
             f'[log]\nlevel = "debug"\n'
-            f'[cgroup]\ndriver = "cgroupfs"\nruntime_cgroup = "{self.runtime_cgroup}"\n'
+            f'[cgroup]\ndriver = "{self.driver}"\nruntime_cgroup = "{where}"\n'
             f'[network]\nmode = "bridge"\nsubnets = {json.dumps(self.subnets)}\n'
             f"{images}{self.extra}\n"
         )
@@ -169,7 +178,10 @@ class Daemon:
     def pod_config(self, name: str = "", **fields: Any) -> v1.PodSandboxConfig:
         """``builders.pod_config`` under this daemon's cgroup, with a log directory of its own."""
         name = name or builders.unique()
-        fields.setdefault("cgroup_parent", f"{self.cgroup_parent}/{name}")
+        parent = f"{self.cgroup_parent}/{name}"
+        if self.slice:  # as the kubelet names them
+            parent = f"{self.cgroup_parent}/{self.slice}-burstable.slice/{self.slice}-burstable-pod{name.replace('-', '_')}.slice"
+        fields.setdefault("cgroup_parent", parent)
         fields.setdefault("log_directory", str(self.logs / name))
         return builders.pod_config(name, **fields)
 
@@ -226,6 +238,9 @@ class Daemon:
             self.process.kill()
             self.process.wait()
         self.disconnect()
+        if self.slice:
+            subprocess.run(["systemctl", "kill", "--signal=KILL", f"{self.slice}.slice"], check=False)
+            subprocess.run(["systemctl", "stop", f"{self.slice}.slice"], check=False)
         end_cgroup(self.cgroup_parent)
         unmount_below(self.directory)
         shutil.rmtree(self.directory, ignore_errors=True)

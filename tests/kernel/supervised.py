@@ -66,14 +66,14 @@ def make_root(directory: Path) -> Path:
     return directory
 
 
-# In the machine with systemd, tests written for whatever driver there is are run with this one.
-SYSTEMD = os.environ.get("CRI_SHIM_TEST_CGROUP_DRIVER") == "systemd"
+# Tests written for whatever driver there is can be run with this one.
+DRIVER = "CRI_SHIM_TEST_CGROUP_DRIVER"
 
 
 class Rig:
     """One state directory. ``supervisor`` is the daemon's side; everything goes through it."""
 
-    def __init__(self, base: Path, *, systemd: bool = SYSTEMD) -> None:
+    def __init__(self, base: Path, *, systemd: bool = False) -> None:
         self.base = base
         self.state = base / "state"
         self.slice = f"crishimh7{token_hex(3)}.slice" if systemd else ""
@@ -239,10 +239,10 @@ async def until(condition: Callable[[], object], patience: float = 10.0) -> None
 
 
 @asynccontextmanager
-async def rig(*, systemd: bool = SYSTEMD) -> AsyncIterator[Rig]:
+async def rig() -> AsyncIterator[Rig]:
     """A rig that leaves nothing behind: state, cgroups and processes."""
     base = Path(tempfile.mkdtemp(prefix="h7-", dir=os.environ.get("TMPDIR", "/tmp")))
-    made = Rig(base, systemd=systemd)
+    made = Rig(base, systemd=os.environ.get(DRIVER) == "systemd")
     try:
         await made.open()
         yield made

@@ -226,7 +226,7 @@ async def user_pod(node: Rig, *kinds: NamespaceType) -> str:
     pin = str(node.state / "netns" / name) if N.NETWORK in kinds else ""
     sandbox = Sandbox(
         name, (*kinds, N.USER), hostname="pod" if N.UTS in kinds else "", netns_path=pin, shm_size=1 << 20,
-        cgroups_path=f"{node.cgroup}/{name[:8]}", uid_mappings=IDS, gid_mappings=IDS,
+        cgroups_path=node.place(name[:8]), uid_mappings=IDS, gid_mappings=IDS,
         userns_path="" if pin else str(node.state / "userns" / name),
     )  # fmt: skip
     bundle.write_sandbox(directory, sandbox)
