@@ -114,6 +114,7 @@ class _Maker:
         spec = self._spec(container_id, image, volumes, facts.image_volumes, edits)
         facts.stop_signal = stop_signal(config, image.config)
         facts.cgroups_path = spec.linux.cgroups_path
+        await cdi.move_interfaces(edits, pod, self.supervisor)
         undo.push("remove bundle", partial(remove_directory, directory))
         bundle.write(directory, spec, recipe, stdin=config.stdin, tty=config.tty)
 

@@ -21,7 +21,7 @@ _NEWADDR, _DELADDR, _GETADDR, _NEWROUTE, _DELROUTE, _GETROUTE = 20, 21, 22, 24, 
 _NEWQDISC, _GETQDISC, _NEWTFILTER, _NEWNSID, _GETNSID = 36, 38, 44, 88, 90
 _NESTED = 0x8000
 UP, PROMISC, ALLMULTI = 0x1, 0x100, 0x200
-_ADDRESS, _IFNAME, _MTU, _LINK, _MASTER, _TXQLEN, _OPERSTATE, _LINKINFO = 1, 3, 4, 5, 10, 13, 16, 18
+_ADDRESS, _IFNAME, _MTU, _LINK, _MASTER, _TXQLEN, _OPERSTATE, _LINKINFO, _IFALIAS = 1, 3, 4, 5, 10, 13, 16, 18, 20
 _AF_SPEC, _NET_NS_FD, _PROMISCUITY, _TARGET = 26, 28, 30, 46
 OPER_UP = 6
 TENTATIVE, _DADFAILED = 0x40, 0x08
@@ -66,6 +66,7 @@ class LinkFacts:
     promiscuity: int
     state: int
     kind: str
+    alias: str
 
 
 def _link(kind: int, flags: int, *attributes: bytes, index: int = 0, set_flags: int = 0, change: int = 0, family: int = 0) -> Raw:
@@ -122,6 +123,15 @@ def set_link(index: int, *, flags: int = 0, change: int = 0, mac: str = "", mtu:
     return _link(_NEWLINK, 0, *attributes, index=index, set_flags=flags, change=change)
 
 
+def move_link(index: int, name: str, netns: int) -> Raw:
+    """Into the namespace fd ``netns``, as ``name`` there. It is down afterwards and has lost its addresses."""
+    return _link(_NEWLINK, 0, _text(_IFNAME, name), _u32(_NET_NS_FD, netns), index=index)
+
+
+def set_alias(index: int, alias: str) -> Raw:
+    return _link(_NEWLINK, 0, _text(_IFALIAS, alias), index=index)
+
+
 def delete_link(name: str, target: int | None = None) -> Raw:
     """``target``: the id (``nsid``) of the namespace that it is in."""
     return _link(_DELLINK, 0, _text(_IFNAME, name), *([_u32(_TARGET, target)] if target is not None else []))
@@ -165,6 +175,7 @@ def _facts(body: bytes) -> LinkFacts:
         promiscuity=number(_PROMISCUITY),
         state=number(_OPERSTATE),
         kind=info.get(1, b"").rstrip(b"\0").decode(),
+        alias=found.get(_IFALIAS, b"").rstrip(b"\0").decode(errors="replace"),
     )
 
 

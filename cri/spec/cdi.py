@@ -45,8 +45,6 @@ def _refuse(edits: Edits, host: HostFacts) -> None:
         if not host.resctrl:
             raise FailedPrecondition("CDI intelRdt: this host has no resctrl file system (no Intel RDT, or it is not mounted)")
         raise Unimplemented("CDI intelRdt: classes of service are not built yet")
-    if edits.net_devices:
-        raise Unimplemented(f"CDI netDevices: {edits.net_devices[0].host_interface_name!r}: moving interfaces is not built yet")
 
 
 def _process(process: oci.Process, edits: Edits) -> oci.Process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,10 @@ def pod(daemon: Daemon) -> Pod:
     return daemon.run_pod()
 
 
-def write(path: Path, devices: dict[str, Any], every: dict[str, Any] | None = None, kind: str = "vendor.com/dev") -> None:
-    tree = {"cdiVersion": "0.7.0", "kind": kind, "devices": [{"name": n, "containerEdits": e} for n, e in devices.items()]}
+def write(
+    path: Path, devices: dict[str, Any], every: dict[str, Any] | None = None, kind: str = "vendor.com/dev", version: str = "0.7.0"
+) -> None:
+    tree = {"cdiVersion": version, "kind": kind, "devices": [{"name": n, "containerEdits": e} for n, e in devices.items()]}
     path.write_text(json.dumps(tree | ({"containerEdits": every} if every else {})))
 
 
@@ -163,3 +166,38 @@ def test_switched_off(node: Node, registry: DockerRegistry) -> None:
         daemon.images.PullImage(v1.PullImageRequest(image=v1.ImageSpec(image=image)), timeout=60)
         code, text = refused(daemon, daemon.run_pod(), image, CDI_devices=names("one"))
         assert code == "FAILED_PRECONDITION" and "enable_cdi" in text
+
+
+def test_network_interfaces(node: Node, daemon: Daemon, busybox: str, specs: tuple[Path, Path]) -> None:
+    """netDevices: the host's interface is the pod's, renamed, up and with its addresses; a second container of the pod finds it there."""
+
+    def ip(*arguments: str) -> str:
+        return subprocess.run(["nsenter", f"--net={node.netns}", "ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+    for name, address in (("cdi0", "192.0.2.10/24"), ("cdi1", "2001:db8::10/64"), ("cdi2", "198.51.100.1/32")):
+        ip("link", "add", name, "type", "veth", "peer", "name", f"{name}peer")
+        ip("addr", "add", address, "dev", name, *(["nodad"] if ":" in address else []))
+    both = {"netDevices": [{"hostInterfaceName": "cdi0", "name": "net0"}, {"hostInterfaceName": "cdi1", "name": "net1"}]}
+    bad = {"netDevices": [{"hostInterfaceName": "cdi2", "name": "fine"}, {"hostInterfaceName": "absent", "name": "net2"}]}
+    taken = {"netDevices": [{"hostInterfaceName": "cdi2", "name": "eth0"}]}
+    write(specs[0] / "net.json", {"both": both, "bad": bad, "taken": taken}, kind="vendor.com/net", version="1.1.0")
+
+    def device(name: str) -> list[v1.CDIDevice]:
+        return [v1.CDIDevice(name=f"vendor.com/net={name}")]
+
+    pod = daemon.run_pod()
+    script = "cat /sys/class/net/net0/flags; ip addr show dev net0; ip addr show dev net1"
+    for _ in range(2):
+        text = output(daemon, pod, busybox, script, CDI_devices=device("both"))
+        assert int(text.split()[0], 16) & 1, "up"
+        assert "192.0.2.10/24" in text and "2001:db8::10/64" in text
+    assert " cdi0@" not in ip("link") and " cdi1@" not in ip("link")
+    # What cannot be had as a whole is not had in part: the interface that had been moved is back, with its address.
+    code, text = refused(daemon, pod, busybox, CDI_devices=device("bad"))
+    assert code == "FAILED_PRECONDITION" and "'absent'" in text
+    assert "198.51.100.1/32" in ip("addr", "show", "dev", "cdi2")
+    code, text = refused(daemon, pod, busybox, CDI_devices=device("taken"))
+    assert code == "FAILED_PRECONDITION" and "'eth0'" in text
+    host = daemon.run_pod(host_network=True)
+    assert "host's network" in refused(daemon, host, busybox, CDI_devices=device("both"))[1]
+    ip("link", "del", "cdi2")
