@@ -27,11 +27,14 @@ LONG_WAY = "agent"  # the operation in a Failure of exec.start that says: send t
 INLINE = 32 * 1024  # bytes of JSON beside which the payload goes into a memfd
 MAX_PAYLOAD = 16 << 20  # bytes, the largest gRPC message
 MAX_FDS = 32  # per message: one container's or one pod's
+REPORT = 8  # bytes of a report
 MAX_OUTBOX = 4096  # messages a peer may leave unread before it is given up
 
 _INT = array.array("i").itemsize
 _ANCILLARY = socket.CMSG_SPACE((MAX_FDS + 1) * _INT)
-_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)  # plain ints: an enum is made anew by each "|"
+_SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 _SEALS = libc.SEAL_SEAL | libc.SEAL_SHRINK | libc.SEAL_GROW | libc.SEAL_WRITE
 _GET_SEALS = libc.F_ADD_SEALS + 1
 _BUFFER = memoryview(bytearray(INLINE))  # shared: each message is decoded before the next is read, by the one thread there is
@@ -79,11 +82,12 @@ def peer(sock: socket.socket) -> tuple[int, int, int]:
 class Connection:
     """One non-blocking end. Raises ``Closed`` when it is over; the caller then calls ``close``."""
 
-    __slots__ = ("_outbox", "_sock")
+    __slots__ = ("_outbox", "_reports", "_sock")
 
-    def __init__(self, sock: socket.socket) -> None:
-        """Takes the socket over. Raises Closed for a peer of another user (an abstract or stray client)."""
-        self._sock = sock
+    def __init__(self, sock: socket.socket, *, reports: bool = False) -> None:
+        """Takes the socket over. Raises Closed for a peer of another user (an abstract or stray client). With ``reports`` the peer may be a
+        program of system calls, whose report of 8 bytes becomes ``{"report": hex}`` (``shim.runtime.program``)."""
+        self._sock, self._reports = sock, reports
         sock.setblocking(False)
         _, uid, _ = peer(sock)
         if uid not in (0, os.geteuid()):
@@ -125,7 +129,7 @@ class Connection:
     def _try(self, data: bytes, fds: tuple[int, ...]) -> bool:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self._sock.sendmsg((data,), ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            self._sock.sendmsg((data,), ancillary, _SEND)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -157,11 +161,11 @@ class Connection:
         if ancillary:
             fds = _received(ancillary)
         try:
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            if flags & _CUT:
                 raise Closed("message truncated")
             if size == 0:
                 raise Closed("end of file")
-            body = decode(_BUFFER[:size])
+            body = {"report": _BUFFER[:size].hex()} if self._reports and size == REPORT else decode(_BUFFER[:size])
             if "memfd" in body:
                 if not fds:
                     raise Closed("payload without its memory file")

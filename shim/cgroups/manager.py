@@ -130,6 +130,16 @@ def join(group: Group) -> None:
     _backend(group.version).join(group)
 
 
+def open_tasks(group: Group) -> list[int]:
+    """Version 1: files by which a process that cannot see them joins the group, by writing "0" to each. Nothing on version 2."""
+    if group.version != 1:
+        return []
+    paths = [f"{directory}/tasks" for directory in group.directories]
+    if group.unified:
+        paths.append(f"{group.unified}/cgroup.procs")
+    return [os.open(path, os.O_WRONLY | os.O_CLOEXEC) for path in paths]
+
+
 def open_dir(group: Group, member: int | None = None) -> int | None:
     """A directory fd for CLONE_INTO_CGROUP; None on version 1, where the child has to ``join``.
 

@@ -154,8 +154,19 @@ def _returned(size: int) -> bytes:
 
 _pidfd_slot = ctypes.c_int(-1)
 _pidfd_address = ctypes.addressof(_pidfd_slot)
-_clone_args = struct.Struct("=11Q")  # flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid set_tid_size cgroup
+CLONE_ARGS = struct.Struct("=11Q")  # flags pidfd child_tid parent_tid exit_signal stack stack_size tls set_tid set_tid_size cgroup
 _SIGCHLD = 17
+
+
+_forkable = True
+
+
+def forkable(value: bool | None = None) -> bool:
+    """Whether a fork would be a copy of this process; a value says that from now on. See ``shim.runtime.bare``."""
+    global _forkable
+    if value is not None:
+        _forkable = value
+    return _forkable
 
 
 def clone3(
@@ -167,6 +178,8 @@ def clone3(
     child's pid as the caller's PID namespace sees it (shared memory, so that a sibling can read it). With CLONE_PARENT the exit signal
     must be 0.
     """
+    if not _forkable:
+        raise OSError(errno.EINVAL, "most of this process's memory is kept from its children")
     if pidfd:
         flags |= CLONE_PIDFD
         _pidfd_slot.value = -1
@@ -174,26 +187,13 @@ def clone3(
         flags |= CLONE_PARENT_SETTID
     if cgroup is not None:
         flags |= CLONE_INTO_CGROUP
-    args = _clone_args.pack(
+    args = CLONE_ARGS.pack(
         flags, _pidfd_address if pidfd else 0, 0, parent_tid_address, exit_signal, 0, 0, 0, 0, 0, 0 if cgroup is None else cgroup
     )
     pid = syscall(NR["clone3"], args, 88)
     if pid == 0:
         return 0, -1
     return pid, _pidfd_slot.value if pidfd else -1
-
-
-_NR_CLONE = NR["clone"]
-
-
-def clone(flags: int, *, parent_tid_address: int = 0) -> int:
-    """clone(2), which every seccomp profile knows; SIGCHLD is the exit signal unless CLONE_PARENT is set. 0 in the child."""
-    if parent_tid_address:
-        flags |= CLONE_PARENT_SETTID
-    if not flags & CLONE_PARENT:
-        flags |= _SIGCHLD
-    # Both architectures take (flags, stack, parent_tid, …); child_tid and tls, whose order differs, are zero.
-    return syscall(_NR_CLONE, flags, 0, parent_tid_address, 0, 0)
 
 
 def unshare(flags: int) -> None:

@@ -25,8 +25,8 @@ def candidates(args: Sequence[str], env: Sequence[str]) -> list[str]:
     return [f"{d or '.'}/{name}" for d in search.split(":")]
 
 
-def block(args: Sequence[str], env: Sequence[str]) -> bytes:
-    """Words: argv, envp, address of the word that takes HOME, candidates, 0; the two vectors; the strings.
+def block(args: Sequence[str], env: Sequence[str], base: int = BLOCK) -> bytes:
+    """Words: argv, envp, address of the word that takes HOME, candidates, 0; the two vectors; the strings. For the address ``base``.
 
     HOME goes into a spare word at the end of envp, or into one that nobody reads if ``env`` has it. Raises Failure for a NUL, which would
     cut a string short, and for more than can be mapped.
@@ -37,15 +37,15 @@ def block(args: Sequence[str], env: Sequence[str]) -> bytes:
         if b"\0" in text:
             raise Failure("exec", message="string has a NUL", path="process")
     words = 3 + len(paths) + 1 + len(args) + 1 + len(env) + 2 + 1
-    at, addresses = BLOCK + 8 * words, []
+    at, addresses = base + 8 * words, []
     for text in texts:
         addresses.append(at)
         at += len(text) + 1
-    if at >= BLOCK + BLOCK_SIZE:
-        raise Failure("exec", message=f"{at - BLOCK} bytes of arguments and environment")
+    if at >= base + BLOCK_SIZE:
+        raise Failure("exec", message=f"{at - base} bytes of arguments and environment")
     argv, rest = addresses[: len(args)], addresses[len(args) :]
     envp, programs = rest[: len(env)], rest[len(env) :]
-    argv_at = BLOCK + 8 * (3 + len(paths) + 1)
+    argv_at = base + 8 * (3 + len(paths) + 1)
     envp_at = argv_at + 8 * (len(args) + 1)
     spare = envp_at + 8 * len(env)
     unread = spare + 16

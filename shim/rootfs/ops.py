@@ -174,7 +174,9 @@ def make_visible(ops: Sequence[Op], prepared: Prepared, *, proc_fd: int | None =
     """Make the file systems that a user namespace may have only where such a one can be seen, which the root change ends: before it, in
     all of the container's namespaces. ``proc_fd`` as for ``attach``."""
     for index, op in enumerate(ops):
-        if isinstance(op, Filesystem) and op.must_be_visible and not (op.fstype == "proc" and proc_fd is not None):
+        if not isinstance(op, Filesystem) or not op.must_be_visible or index in prepared.mounts:
+            continue
+        if op.fstype != "proc" or proc_fd is None:
             try:
                 prepared.mounts[index] = m.new_filesystem(op.fstype, op.options, op.attributes)
             except OSError as error:

@@ -62,6 +62,9 @@ class Channel:
 
     def narrow(self) -> None:
         """From here on there is only the report of an error, and this process's end."""
+        self.close()
+
+    def close(self) -> None:
         self._socket.close()
 
     def send(self, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:

@@ -82,7 +82,7 @@ class Exec:
             resolved = inside.resolve_user(process, rootfd)
             process, home = replace(process, user=resolved.user), resolved.home
         final, master = Final.prepare(process, home, rootfd, stdio, container.filter())
-        inside.enter_cwd(rootfd, process.cwd)
+        os.close(inside.enter_cwd(rootfd, process.cwd))
         fds = {} if final.listened else {"report": channel.report()}
         if master is not None:
             fds["console"] = master

@@ -1,21 +1,19 @@
-"""From a finished root to execve: the part that creating a container and an exec session share."""
+"""From a finished root to execve, for processes of PID namespaces that others live in: containers and exec sessions."""
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
-import termios
 from dataclasses import dataclass
-from typing import NoReturn
 
 from shim.errors import Failure
-from shim.linux import process
+from shim.linux import libc, process
+from shim.oci import command
 from shim.oci.spec import Process, User
-from shim.runtime import inside, launch
+from shim.runtime import bare, inside, launch, program
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
-from shim.runtime.lastfork import LastFork, LastForkFailed
+from shim.runtime.program import At, Bpf, Kind
 from shim.seccomp import Filter
 from shim.security import Restriction
 
@@ -53,8 +51,7 @@ class Final:
         inside.set_rlimits(spec)
         os.umask(0o022 if spec.user.umask is None else spec.user.umask)
         restriction = Restriction(spec, filter_)
-        program = inside.Program(spec, home)
-        return cls(restriction, program, spec.user, spec.terminal, stdio), master
+        return cls(restriction, inside.Program(spec, home), spec.user, spec.terminal, stdio), master
 
     @property
     def listened(self) -> bool:
@@ -66,43 +63,41 @@ class Final:
         inside.place_stdio(self.stdio)
         process.close_all_except({*launch.STDIO, *channel.fds()})
 
-    def run(self, channel: Channel) -> NoReturn:
-        """Become the program in this process."""
-        gc.disable()
-        self.program.build()
-        try:
-            self._lead_session()
-            self.restriction.set_groups()
-            self.restriction.apply()
-            self.restriction.install_last()
-            self.program.run()
-        except BaseException as error:
-            launch.report(channel, error)
-            os._exit(127)
-
     def run_in_child(self, pid_address: int) -> None:
         """Restrict this process, then fork the program as its sibling; returns in the parent. The kernel writes the pid.
 
-        For PID namespaces that others live in: what they can see is restricted already and does nothing but execve.
+        For PID namespaces that others live in: what they can see is restricted already and does nothing but setsid and execve.
         """
         gc.disable()
-        last = self.restriction.filter if self.restriction.no_new_privileges else None
+        restriction = self.restriction
+        last = restriction.filter if restriction.filter is not None and restriction.no_new_privileges else None
         listened = last is not None and last.notifies
         if listened:
             last = None  # its listener has to end up in this process, see ``listener``
-        fork = LastFork(self.program.command, terminal=self.terminal, filter_=last, pid_address=pid_address)
-        self.restriction.set_groups()
-        self.restriction.apply()
+        region, status = self._plan(Bpf(last.bpf, last.flags) if last is not None else Bpf(b"", 0), pid_address)
+        bare.hold_back(region, status)
+        restriction.set_groups()
+        restriction.apply()
         if listened:
-            self.restriction.install_last()
+            restriction.install_last()
         try:
-            fork.run()
-        except LastForkFailed as failed:
-            if failed.step == "exec":
-                raise self.program.failure(failed.errno) from None
-            raise Failure("start", failed.step, errno=failed.errno) from None
+            bare.fork(region)
+        except OSError as error:
+            raise Failure.wrap("start", "clone", error) from None
+        step, number = status.report()
+        if number:
+            raise self.program.failure(number) if step == At.EXEC else Failure("start", At(step).name.lower(), errno=number)
 
-    def _lead_session(self) -> None:
-        os.setsid()
-        if self.terminal:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    def _plan(self, filter_: Bpf, pid_address: int) -> tuple[bare.Region, bare.Region]:
+        """The memory of the program, and what it shares with us: the report. CLONE_VFORK makes us wait for its execve or its end."""
+        args, env = self.program.args, self.program.env
+        size = program.DATA + len(filter_.bpf) + len(command.block(args, env)) + 4096
+        region, status = bare.Region(size, shared=False), bare.Region(program.REPORT.size, shared=True)
+        w = program.Writer(region.base, -1, report_at=status.base)
+        w.clone = (program.NR["clone"], libc.CLONE_VFORK | libc.CLONE_PARENT | libc.CLONE_PARENT_SETTID, 0, pid_address)
+        program.lead_session(w, terminal=self.terminal)
+        program.install_filter(w, filter_)
+        at = w.data(b"")
+        w.call(At.EXEC, "", w.data(command.block(args, env, at)), kind=Kind.CANDIDATES)
+        region.write(w.image())
+        return region, status

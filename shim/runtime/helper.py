@@ -1,7 +1,8 @@
 """A child that is forked before there is anything to do: it waits warm for an order, so that nobody waits for a fork.
 
-Short jobs are done one after the other, and the helper is as it was after each: in the host's namespaces, without the job's fds. An order
-to create a container is its last: it becomes that container's stage1. What it was forked with is what any child is forked with.
+Jobs are done one after the other, and the helper is as it was after each: in the host's namespaces, without the job's fds. It never enters
+a cgroup or PID namespace of a container. What cannot be undone (a user namespace, hooks, a container in a PID namespace that others live
+in, whose stage1 it becomes) is its last. What it was forked with is what any child is forked with.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from shim.oci import codec, validate
 from shim.oci.bundle import Recipe
 from shim.oci.spec import NamespaceType, Spec
 from shim.rootfs import plan as rootfs_plan
-from shim.runtime import create, inside, jobs, launch, pod
+from shim.runtime import bare, create, jobs, launch, pod
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context, PodHandles
 
@@ -40,6 +41,7 @@ _SAMPLE = b"""{"ociVersion":"1.2.0","root":{"path":"rootfs"},"process":{"user":{
 "maskedPaths":["/proc/acpi","/proc/kcore"],"readonlyPaths":["/proc/bus","/proc/sys"]}}"""
 TITLE = "cri-shim: spare"  # what a kernel keeps of a name is 15 bytes
 _RECIPE = b'{"type":"overlay","lower":["/a","/b"],"upper":"/c","work":"/d"}'
+_ORDERS = 500  # after which it goes, and another takes its place
 _HOME = (("net", libc.CLONE_NEWNET), ("ipc", libc.CLONE_NEWIPC), ("uts", libc.CLONE_NEWUTS))
 
 
@@ -63,6 +65,7 @@ class Helper:
     """The job of waiting for orders until the supervisor closes the channel."""
 
     context: Context
+    warm: bool  # there is time before the first order comes
 
     @property
     def keep(self) -> Collection[int]:
@@ -70,17 +73,21 @@ class Helper:
 
     def __call__(self, channel: Channel) -> None:
         launch.die_with_supervisor()
-        warm(self.context)
+        process.reset_inherited(self.context.inherited)
+        if self.warm:
+            warm(self.context)
         gc.freeze()  # a collection then looks at what came after, and copies no page of all that was there
+        gc.disable()  # what is garbage goes when this process does
         home = {os.open(f"self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.context.proc): flag for name, flag in _HOME}
         ours = {*launch.STDIO, channel.fileno(), *self.context.fds(), *home}
         bus = cgroups.warm()
-        while (received := channel.receive_order()) is not None:
-            order, fds = received
-            if not self._obey(order, fds, channel):
+        for _ in range(_ORDERS):
+            received = channel.receive_order()
+            if received is None or not self._obey(*received, channel):
                 return
+            order = received[0]
             libc.setns(self.context.host_mntns, libc.CLONE_NEWNS)
-            if order["job"] in ("pod", "sysctls"):
+            if order["job"] in ("pod", "container", "sysctls"):
                 for fd, flag in home.items():
                     libc.setns(fd, flag)
             process.close_all_except(ours | bus)
@@ -92,17 +99,19 @@ class Helper:
         process.set_title(f"cri-shim: {order['title']}")
         kind, context = order["job"], self.context
         if kind == "container":
-            gc.disable()
-            names, target = order["pod"], fds[len(order["pod"]) + 1 :]
-            handles = PodHandles.from_fds(dict(zip(names, fds[1:], strict=False)))
-            create.Container(
-                context, order["id"], fds[0], order["path"], handles, order["slot"], target[0] if target else None, order["stdin_once"]
-            )(channel)
-            return False
+            names, target = order["pod"], fds[len(order["pod"]) + 2 :]
+            handles = PodHandles.from_fds(dict(zip(names, fds[2:], strict=False)))
+            joined = target[0] if target else None
+            return create.Container(
+                context, order["id"], fds[0], order["path"], handles, order["slot"], fds[1], joined, order["stdin_once"]
+            ).make(channel)
         if kind == "pod":
             sandbox = bundles.load_sandbox(fds[0])
+            forks = bool({NamespaceType.USER, NamespaceType.PID} & set(sandbox.namespaces))
+            if forks:
+                bare.let_go()
             pod.Pod(context, fds[0], order["slot"]).make(sandbox, channel)
-            return not {NamespaceType.USER, NamespaceType.PID} & set(sandbox.namespaces)
+            return not forks
         if kind == "sysctls":
             jobs.Sysctls(context, fds[0], order["write"])(channel)
         elif kind == "remove cgroup":
@@ -120,4 +129,3 @@ def warm(context: Context) -> None:
     if resources is not None:
         cgroup_plan.resources(resources, context.layout)
     rootfs_plan.plan(spec, recipe, cgroup_version=context.layout.version, cgroup_paths=context.layout.controllers)
-    inside.Program(spec.process, "/").build()

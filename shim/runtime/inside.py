@@ -13,14 +13,11 @@ import stat
 import struct
 import termios
 from dataclasses import dataclass
-from typing import NoReturn
 
 from shim.errors import Failure
 from shim.linux import cpus, libc, mount, path, process
-from shim.oci.command import candidates
 from shim.oci.spec import Box, Process, User
 from shim.runtime import users
-from shim.runtime.lastfork import Command
 
 MAX_ACCOUNTS_FILE = 10 << 20  # bytes of /etc/passwd or /etc/group that are read (CVE-2025-4437: unbounded reads)
 _NR_GETCWD = 79 if libc.MACHINE == "x86_64" else 17
@@ -70,18 +67,18 @@ def _refuse_odd_file(fd: int, name: str, limit: int) -> None:
         raise Failure("read", path=f"/{name}", message=f"has {status.st_size} bytes, more than {limit}")
 
 
-def enter_cwd(rootfd: int, cwd: str) -> None:
-    """Make and enter the working directory; it must lie inside the root (CVE-2024-21626: /proc/self/fd/N as WORKDIR)."""
+def enter_cwd(rootfd: int, cwd: str) -> int:
+    """Make and enter the working directory; it must lie inside the root (CVE-2024-21626: /proc/self/fd/N as WORKDIR). Its fd."""
     try:
         try:
             fd = path.open_in_root(rootfd, cwd, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             fd = path.mkdir_all_in_root(rootfd, cwd, 0o755)
         os.fchdir(fd)
-        os.close(fd)
     except OSError as error:
         raise Failure.wrap("working directory", "open", error, cwd) from None
     verify_cwd(cwd)
+    return fd
 
 
 def verify_cwd(cwd: str) -> None:
@@ -185,42 +182,16 @@ def raise_hard_limits(process_: Process) -> None:
 
 
 class Program:
-    """The execve of a process, with all its candidates along PATH."""
+    """What a process is to execute, for the words of an error. HOME is set unless the specification does."""
 
     def __init__(self, process_: Process, home: str) -> None:
-        name = process_.args[0]
-        env = list(process_.env)
-        keys = {item.partition("=")[0] for item in env}
-        if "HOME" not in keys:
-            env.append(f"HOME={home}")
-        places = candidates(process_.args, env)
-        argv = [os.fsencode(a) for a in process_.args]
-        environment = [os.fsencode(e) for e in env]
-        self._name, self._searched = name, "/" not in name
-        self.command = Command([os.fsencode(p) for p in places], argv, environment)
-        self._images: list[libc.ExecImage] = []
-
-    def build(self) -> None:
-        """Prepare ``run``, before a filter is on."""
-        paths, argv, env = self.command.paths, self.command.argv, self.command.env
-        first = libc.ExecImage(paths[0], argv, env)
-        self._images = [first, *(first.at(p) for p in paths[1:])]
-
-    def run(self) -> NoReturn:
-        """execve each candidate in turn. Raises Failure with what PATH search would say (execvp(3))."""
-        worst = errno.ENOENT
-        for image in self._images:
-            try:
-                image.exec()
-            except OSError as error:
-                if not self._searched or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
-                    raise self.failure(error.errno or 0) from None
-                if error.errno == errno.EACCES:
-                    worst = errno.EACCES
-        raise self.failure(worst)
+        self._name = process_.args[0]
+        self.args, self.env = process_.args, process_.env
+        if not any(entry.startswith("HOME=") for entry in self.env):
+            self.env = (*self.env, f"HOME={home}")
 
     def failure(self, number: int) -> Failure:
         """What an errno of execve means for the user's command."""
-        searched = self._searched and number in (errno.ENOENT, errno.ENOTDIR)
+        searched = "/" not in self._name and number in (errno.ENOENT, errno.ENOTDIR)
         message = "executable file not found in $PATH" if searched else ""
         return Failure("start", "exec", errno=number, path=self._name, message=message)

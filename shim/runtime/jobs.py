@@ -16,9 +16,10 @@ from shim.cgroups.group import Group
 from shim.cgroups.layout import Layout
 from shim.errors import Failure
 from shim.linux import libc
+from shim.oci import bundle as bundles
 from shim.oci import codec
 from shim.oci.spec import Resources
-from shim.runtime import pins, pod, sysctl
+from shim.runtime import inside, pins, pod, program, sysctl
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 
@@ -65,6 +66,23 @@ class Update:
     def __call__(self, channel: Channel) -> None:
         cgroups.apply(self.layout, self.group, codec.decode(Resources, wire.read_payload(self.payload)))
         channel.send({"ok": {}})
+
+
+@dataclass(frozen=True, slots=True)
+class Explain:
+    """The job of saying what a container's report means, in the words of its specification. It always fails: with the reason."""
+
+    bundle: int
+    report: str  # hex
+
+    @property
+    def keep(self) -> Collection[int]:
+        return (self.bundle,)
+
+    def __call__(self, channel: Channel) -> None:
+        process, report = bundles.load_spec(self.bundle).process, bytes.fromhex(self.report)
+        step, number = program.REPORT.unpack(report)
+        raise inside.Program(process, "").failure(number) if step == program.At.EXEC else program.failure(report, "start container")
 
 
 @dataclass(frozen=True, slots=True)

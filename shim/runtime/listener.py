@@ -5,8 +5,8 @@ necessarily sendmsg. So another process shares its table of open files (CLONE_FI
 or ends. execve(2) gives the program a table of its own, in which the listener is closed; the sleeper finds it in the old one, sends it
 to the supervisor and exits. The profile need allow nothing for that.
 
-Who sleeps must not be seen inside the container: it is forked before a PID namespace is joined, or is stage1 itself where the container's
-first process is born into a new one.
+Who sleeps must not be seen inside the container: it is forked before a PID namespace is joined. Where the container's first process is
+born into a new one, a thread of its own does it (``program.install_filter``).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from shim.runtime import launch
 from shim.runtime.channel import Channel
 from shim.seccomp import notify
 
-SHARED = libc.CLONE_FILES | libc.CLONE_VFORK  # for the clone(2) of the process that is waited for
+_SHARED = libc.CLONE_FILES | libc.CLONE_VFORK
 
 
 def go_on_in_child(channel: Channel) -> None:
     """Return in a child of the supervisor's, forked here, while this process waits for it and then hands over what it left."""
-    pid, _ = libc.clone3(SHARED | libc.CLONE_PARENT, exit_signal=0)
+    pid, _ = libc.clone3(_SHARED | libc.CLONE_PARENT, exit_signal=0)
     if pid == 0:
         process.set_dumpable(False)
         launch.die_with_supervisor()
         return
-    hand_over(channel)
+    _hand_over(channel)
 
 
-def hand_over(channel: Channel) -> NoReturn:
+def _hand_over(channel: Channel) -> NoReturn:
     """After the sleep. A launch that failed left nothing, and has said why."""
     first = 3 if channel.fileno() != 3 else 4  # all but stdio and the channel was closed, and the kernel takes the lowest number
     if notify.is_listener(first):

@@ -5,18 +5,13 @@ from __future__ import annotations
 import array
 import os
 import socket
-from collections.abc import Callable
 from enum import Enum, auto
-from typing import TypeAlias
 
 from shim.errors import Failure
 from shim.linux import libc, mount
 from shim.oci.spec import NamespaceType, Spec
 from shim.runtime import userns
 from shim.runtime.context import PodHandles
-from shim.runtime.final import Final
-
-Build: TypeAlias = Callable[[], "tuple[Final, int | None]"]
 
 FLAGS = {
     NamespaceType.USER: libc.CLONE_NEWUSER,
@@ -43,6 +38,17 @@ def pid_mode(spec: Spec) -> PidMode:
     if entry is None:
         return PidMode.HOST
     return PidMode.JOINED if entry.path else PidMode.NEW
+
+
+def own_cgroup(spec: Spec) -> bool:
+    """Whether the container gets a cgroup namespace of its own."""
+    entry = spec.namespace(NamespaceType.CGROUP)
+    return entry is not None and not entry.path
+
+
+def own_time(spec: Spec) -> bool:
+    """Whether there is a time namespace, which decides for all later children of who joins or makes it."""
+    return spec.namespace(NamespaceType.TIME) is not None
 
 
 def join(spec: Spec, pod: PodHandles, target: int | None) -> None:

@@ -48,6 +48,7 @@ class Pod:
 
     def __call__(self, channel: Channel) -> None:
         launch.die_with_supervisor()
+        process.reset_inherited(self.context.inherited)
         self.make(bundles.load_sandbox(self.directory), channel)
 
     def order(self) -> tuple[dict[str, object], tuple[int, ...]]:
@@ -57,9 +58,8 @@ class Pod:
         return not facts["pid"] and "user" not in facts["fds"]  # type: ignore[operator]
 
     def make(self, sandbox: Sandbox, channel: Channel) -> None:
-        """Make them and answer."""
+        """Make them and answer, in a process that has shed what it inherited."""
         validate.validate_sandbox(sandbox)
-        process.reset_inherited(self.context.inherited)
         facts: dict[str, object] = {"pid": 0}
         make = self._in_user_namespace if NamespaceType.USER in sandbox.namespaces else self._plain
         fds = make(sandbox, channel, facts)

@@ -91,21 +91,17 @@ class Process:
             self.pidfd = -1
 
 
-class Job:
-    """A child that runs one job of ``shim.runtime``: its messages in order, then None at end of file."""
+class Line:
+    """One end of a socket pair to what a child has become: its messages in order, then None at end of file."""
 
-    __slots__ = ("_connection", "_inbox", "_loop", "_over", "_report", "_reset", "_waiter", "helps", "process", "title")
+    __slots__ = ("_connection", "_inbox", "_loop", "_over", "_reset", "_waiter", "title")
 
-    def __init__(self, children: Children, child: launch.Child, title: str) -> None:
-        self._loop, self.title = children.loop, title
-        self.helps = False  # takes another order after this one
-        self.process = Process(children, child.pid, child.pidfd)
-        self.process.ended.then(self.process.close)
-        self._connection = wire.Connection(child.channel)
+    def __init__(self, loop: Loop, sock: socket.socket, title: str, *, reports: bool = False) -> None:
+        self._loop, self.title = loop, title
+        self._connection = wire.Connection(sock, reports=reports)
         self._inbox: deque[wire.Message] = deque()
         self._over = self._reset = False
         self._waiter: Future[None] | None = None
-        self._report = -1  # see ``narrow``
         self._loop.add(self._connection.fileno(), self._receive)
 
     def _receive(self) -> None:
@@ -121,7 +117,7 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """The child has closed its end."""
+        """The other end is closed."""
         return self._over
 
     def send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
@@ -136,27 +132,13 @@ class Job:
             self._waiter = Future(self._loop)
             await self._waiter
 
-    async def died_unasked(self) -> bool:
-        """Waits for the first message. True for a helper that died with its order unread (the socket is reset then): it did nothing,
-        and another child may be asked."""
-        await self._wait()
-        return self.helps and self._reset and not self._inbox
-
     async def message(self) -> wire.Message | None:
-        """The next message, whose fds become the caller's; None once the child has closed its end."""
+        """The next message, whose fds become the caller's; None once the other end is closed."""
         await self._wait()
         return self._inbox.popleft() if self._inbox else None
 
-    async def answer(self) -> tuple[dict[str, Any], dict[str, int]]:
-        """The ``ok`` of the next message and its fds by name. Raises the child's Failure, or one that says how it died."""
-        message = await self.message()
-        if message is None:
-            ended = await self.process.ended
-            raise Failure(self.title, message=f"child died: {ended}")
-        return self.unpack(message)
-
     def unpack(self, message: wire.Message) -> tuple[dict[str, Any], dict[str, int]]:
-        """``answer`` for a message that has been taken."""
+        """The ``ok`` of a message and its fds by name. Raises the child's Failure."""
         body, fds = message
         if "ok" not in body:
             message.close()
@@ -166,6 +148,32 @@ class Job:
             message.close()
             raise Failure(self.title, message=f"child sent {len(fds)} fds for {len(names)} names")
         return body["ok"], dict(zip(names, fds, strict=True))
+
+    def close(self) -> None:
+        self._loop.remove(self._connection.fileno())
+        self._connection.close()
+        for message in self._inbox:
+            message.close()
+        self._inbox.clear()
+
+
+class Job(Line):
+    """A child that runs one job of ``shim.runtime``. ``close`` closes the channel; the child is reaped when it ends."""
+
+    __slots__ = ("_report", "helps", "process")
+
+    def __init__(self, children: Children, child: launch.Child, title: str) -> None:
+        super().__init__(children.loop, child.channel, title)
+        self._report = -1  # see ``narrow``
+        self.helps = False  # takes another order after this one
+        self.process = Process(children, child.pid, child.pidfd)
+        self.process.ended.then(self.process.close)
+
+    async def died_unasked(self) -> bool:
+        """Waits for the first message. True for a helper that died with its order unread (the socket is reset then): it did nothing,
+        and another child may be asked."""
+        await self._wait()
+        return self.helps and self._reset and not self._inbox
 
     def narrow(self, report: int) -> None:
         """The child forks last, and then says nothing but an error, in a file (``shim.runtime.channel``)."""
@@ -189,15 +197,18 @@ class Job:
         return None if ended == Ended(0) else Failure(self.title, message=f"child died: {ended}")
 
     def close(self) -> None:
-        """Close the channel; the child is reaped when it ends."""
-        self._loop.remove(self._connection.fileno())
-        self._connection.close()
+        super().close()
         if self._report >= 0:
             os.close(self._report)
             self._report = -1
-        for message in self._inbox:
-            message.close()
-        self._inbox.clear()
+
+    async def answer(self) -> tuple[dict[str, Any], dict[str, int]]:
+        """The ``ok`` of the next message and its fds by name. Raises the child's Failure, or one that says how it died."""
+        message = await self.message()
+        if message is None:
+            ended = await self.process.ended
+            raise Failure(self.title, message=f"child died: {ended}")
+        return self.unpack(message)
 
 
 class Failed(Failure):
@@ -225,8 +236,8 @@ class Children:
 
     def run(self, job: launch.Job, title: str, cgroup: int | None = None) -> Job:
         """A child with ``job``: a helper that waits for orders, or a fork. Raises Failure."""
-        if self.helpers is not None and hasattr(job, "order") and (helper := self.helpers.take(cast("Ordered", job), title)) is not None:
-            return helper
+        if self.helpers is not None and hasattr(job, "order"):
+            return self.helpers.take(cast("Ordered", job), title)
         return self.fork(job, title, cgroup)
 
     def fork(self, job: launch.Job, title: str, cgroup: int | None = None) -> Job:
@@ -248,11 +259,15 @@ class Children:
         except BaseException:
             running.close()
             raise
-        if self.helpers is not None and running.helps and job.again(answer[0]):  # type: ignore[attr-defined]
+        self.done(running, again=running.helps and job.again(answer[0]))  # type: ignore[attr-defined]
+        return answer
+
+    def done(self, running: Job, *, again: bool) -> None:
+        """After its answer: a helper that can do another job is kept."""
+        if self.helpers is not None and running.helps and again:
             self.helpers.give_back(running)
         else:
             running.close()
-        return answer
 
     def take_slot(self) -> int:
         slot = self.slots.take()

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import struct
 import termios
 import time
@@ -18,8 +19,9 @@ from shim.linux import process as processes
 from shim.oci.bundle import ExitRecord
 from shim.runtime import create as creating
 from shim.runtime import hooks, jobs, pins
+from shim.runtime.context import PodHandles
 from shim.supervisor import exits, leftovers, listening, ooms
-from shim.supervisor.children import Failed, Process
+from shim.supervisor.children import Failed, Line, Process
 from shim.supervisor.logs import Logs
 from shim.supervisor.request import Request
 from shim.supervisor.table import Container, Core, forget, save
@@ -46,15 +48,7 @@ async def create(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     try:
         open_ends(container)
         logging = None if container.tty else logs.add(container)
-        container.slot = core.children.take_slot()
-        job = creating.Container(
-            core.context, request.id, bundle, container.path, pod, container.slot,
-            target.pidfd if target else None, stdin_once=container.stdin_once
-        )  # fmt: skip
-        container.job = core.children.run(job, "create container")
-        if await container.job.died_unasked():
-            container.job.close()
-            container.job = core.children.fork(job, "create container")
+        await _launch(core, container, pod, target.pidfd if target else None)
         await _created(core, container)
         await (logs.add(container) if logging is None else logging)
         save(core, bundle, container)
@@ -68,6 +62,21 @@ async def create(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     if "console" in container.ends:
         request.lent["console"] = container.ends["console"]  # for a successor of ours
     return {"pid": container.pid, "starttime": container.starttime, "user": container.user}
+
+
+async def _launch(core: Core, container: Container, pod: PodHandles, target: int | None) -> None:
+    """Have somebody create it: a helper, or a child."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    container.line = Line(core.loop, ours, "start container", reports=True)
+    container.slot = core.children.take_slot()
+    job = creating.Container(
+        core.context, container.id, container.bundle, container.path, pod, container.slot, theirs.fileno(), target, container.stdin_once
+    )
+    with theirs:
+        container.job = core.children.run(job, "create container")
+        if await container.job.died_unasked():
+            container.job.close()
+            container.job = core.children.fork(job, "create container")
 
 
 def open_ends(container: Container) -> None:
@@ -118,6 +127,8 @@ async def _created(core: Core, container: Container) -> None:
         container.own_pids = True
         container.process, container.slot = core.children.adopt_slot(_slot(container)), None
         container.starttime = processes.starttime(container.pid)
+        container.job = None
+        core.children.done(job, again=bool(facts["again"]))
 
 
 def _slot(container: Container) -> int:
@@ -174,15 +185,18 @@ async def _discard(core: Core, logs: Logs, container: Container) -> None:
 async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     """Let the program run. On a failure the container has exited with ``START_ERROR`` and the reason."""
     container = core.table.container(request.id)
-    job = container.job
-    if job is None or container.user is None or container.exit is not None or container.starting is not None:
+    line = container.line
+    if line is None or container.user is None or container.exit is not None or container.starting is not None:
         raise Failure("start container", path=request.id, message="is not in the created state")
     container.starting = core.loop.future()
     try:
-        job.send({"start": True})
-        error, listener = await listening.launched(job, _START)
-        job.close()
-        container.job = None
+        line.send({"start": True})
+        error, listener = await listening.launched(line, _START, container.job)
+        line.close()
+        container.line = None
+        if container.job is not None:
+            container.job.close()
+            container.job = None
         forked = None
         if container.slot is not None:
             forked, container.slot = core.children.adopt_slot(container.slot), None
@@ -222,6 +236,8 @@ async def _listen(core: Core, container: Container, listener: int, watch: Callab
 
 
 async def _start_failed(core: Core, logs: Logs, container: Container, error: Failure | None, forked: Process | None) -> None:
+    if isinstance(error, listening.Reported):
+        error = await _explained(core, container, error.report)
     failure = error or Failure("start container", message="child died before the program ran")
     container.start_error = failure
     if forked is not None:
@@ -231,6 +247,15 @@ async def _start_failed(core: Core, logs: Logs, container: Container, error: Fai
     if container.process is None:
         await exits.record(core, logs, container, ExitRecord(START_ERROR, time.time_ns(), reason="StartError", message=str(failure)))
     raise failure
+
+
+async def _explained(core: Core, container: Container, report: str) -> Failure:
+    """What a report means to a child that may read the specification."""
+    try:
+        await core.children.call(jobs.Explain(container.bundle, report), "start container")
+    except Failure as failure:
+        return failure
+    return Failure("start container", message=f"report {report}")
 
 
 async def _pin(core: Core, where: int, container: Container, process: Process) -> None:

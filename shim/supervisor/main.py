@@ -26,7 +26,7 @@ from shim.oci.bundle import ExitRecord, Recipe
 from shim.oci.sandbox import Sandbox
 from shim.oci.spec import Process, Resources, Spec
 from shim.rootfs import lean
-from shim.runtime import pins
+from shim.runtime import bare, pins
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 from shim.runtime.launch import Job
@@ -133,6 +133,7 @@ def prepare(settings: Settings, first: socket.socket | None) -> Core:
         use_systemd(settings.systemd)
     if settings.runtime_cgroup:
         place.enter(layout, settings.runtime_cgroup)
+    bare.load()
     warm_up()
 
     loop = Loop()

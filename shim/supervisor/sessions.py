@@ -11,6 +11,7 @@ from shim import cgroups, wire
 from shim.errors import Failure
 from shim.runtime import agent, jobs
 from shim.runtime.exec import Exec
+from shim.runtime.program import REPORT
 from shim.supervisor import exits, listening
 from shim.supervisor.children import Job, Process, end_of_life, not_started
 from shim.supervisor.containers import set_size
@@ -57,7 +58,7 @@ async def _by_agent(core: Core, container: Container, init: Process, facts: str,
     launch = core.agents.spawn(program, given["block"], init.pidfd, streams)
     try:
         over = await end_of_life(core.loop, launch.life, PATIENCE)
-        report = os.pread(launch.report, 2 * agent.REPORT.size, 0)
+        report = os.pread(launch.report, 2 * REPORT.size, 0)
         forked = core.children.adopt_launch(launch)
     finally:
         core.agents.forget(launch)
@@ -94,7 +95,7 @@ async def _by_fork(
         _, fds = await job.answer()
         if "report" in fds:
             job.narrow(fds.pop("report"))
-        error, listener = await listening.launched(job, PATIENCE)
+        error, listener = await listening.launched(job, PATIENCE, job)
         forked = core.children.adopt_slot(slot)
         slot = -1
         if error is not None or forked is None:

@@ -18,7 +18,7 @@ from shim.linux import path
 from shim.oci.bundle import ExitRecord
 from shim.runtime.context import Context, PodHandles
 from shim.supervisor.agents import Agents, Program
-from shim.supervisor.children import Children, Job, Process
+from shim.supervisor.children import Children, Job, Line, Process
 from shim.supervisor.loop import Future, Loop, Task
 
 RECORD = "runtime.json"
@@ -79,7 +79,8 @@ class Container:
     log_path: str
     over: Future[None]  # done when the exit has been recorded and reported
     ends: dict[str, int] = field(default_factory=dict)  # our ends of its FIFOs, and "console"
-    job: Job | None = None  # until the program runs
+    job: Job | None = None  # until there is a process, whose place it takes
+    line: Line | None = None  # until the program runs
     slot: int | None = None  # of the process that will be forked at start
     process: Process | None = None
     starttime: int = 0
@@ -122,6 +123,9 @@ class Container:
 
     def close(self) -> None:
         """Everything that is held of it."""
+        if self.line is not None:
+            self.line.close()
+            self.line = None
         if self.job is not None:
             self.job.close()
             self.job = None

@@ -66,13 +66,6 @@ def test_a_child_of_clone3_can_work_and_be_killed() -> None:
         os.close(fd)
 
 
-def test_plain_clone() -> None:
-    pid = libc.clone(0)
-    if pid == 0:
-        os._exit(3)
-    assert os.waitpid(pid, 0)[1] == 3 << 8
-
-
 def test_exec_image() -> None:
     read, write = os.pipe()
     image = libc.ExecImage(b"/bin/sh", [b"sh", b"-c", b'echo "$A $1"', b"x", b"arg"], [b"A=b"])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
-import subprocess
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,36 +14,23 @@ from shim.linux import caps, libc
 from shim.linux.process import Inherited
 from shim.oci import command
 from shim.oci.spec import Capabilities, ExecCPUAffinity, Process, Rlimit, User
-from shim.runtime import agent
+from shim.runtime import agent, program
 from shim.runtime.kept import Kept
 
-SOURCES = Path(agent.__file__).parent
 GROUP = Group(1, "/g", {"cpu": "/sys/fs/cgroup/cpu/g", "pids": "/sys/fs/cgroup/pids/g"})
 LIMITS = [(1024, 4096)] * 16
 KEPT = Kept(b"\x06\0\0\0\0\0\xff\x7f", 4, "/home/app", None)  # one instruction: allow
 INHERITED = Inherited(((7, 1024, 4096),), (0,))
 
 
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_code_is_the_assembled_source(machine: str, tmp_path: Path) -> None:
-    assembler = f"{machine}-linux-gnu-as"
-    if shutil.which(assembler) is None:
-        pytest.skip(f"{assembler} is not installed (Debian: binutils-{machine.replace('_', '-')}-linux-gnu)")
-    source = subprocess.run(["cpp", "-P", str(SOURCES / f"agent_{machine}.S")], check=True, capture_output=True).stdout
-    subprocess.run([assembler, "-o", str(tmp_path / "o"), "-"], input=source, check=True)
-    objcopy = [f"{machine}-linux-gnu-objcopy", "-O", "binary", "-j", ".text", str(tmp_path / "o"), str(tmp_path / "bin")]
-    subprocess.run(objcopy, check=True)
-    assert (tmp_path / "bin").read_bytes() == agent._CODE[machine]
-
-
-def steps(program: bytes) -> list[tuple[str, tuple[int, ...], int]]:
+def steps(code: bytes) -> list[tuple[str, tuple[int, ...], int]]:
     """(system call, arguments, kind) of each operation."""
-    names = {number: name for name, number in agent._NR_HERE.items()}
+    names = {number: name for name, number in program.NR.items()}
     found = []
-    at = struct.unpack_from("<Q", program)[0] - agent.PROGRAM
+    at = struct.unpack_from("<Q", code)[0] - agent.PROGRAM
     while True:
-        *words, kind, _, _, _ = struct.unpack_from("<7QBBHI", program, at)
-        found.append((names.get(words[0], "") if kind < 6 else agent.Kind(kind).name, tuple(words[1:]), kind))
+        *words, kind, _, _, _ = struct.unpack_from("<7QBBHI", code, at)
+        found.append((names.get(words[0], "") if kind < 6 else program.Kind(kind).name, tuple(words[1:]), kind))
         if found[-1][0] == "exit_group":
             return found
         at += 64
@@ -60,8 +44,8 @@ def process(**fields: object) -> Process:
 
 @pytest.mark.parametrize("no_new_privileges", [False, True])
 def test_restrictions_come_in_the_checked_order(no_new_privileges: bool) -> None:
-    program = agent.plan(process(no_new_privileges=no_new_privileges), GROUP, KEPT, INHERITED, LIMITS, {1, 2})
-    names = [name for name, _, _ in steps(program)]
+    planned = agent.plan(process(no_new_privileges=no_new_privileges), GROUP, KEPT, INHERITED, LIMITS, {1, 2})
+    names = [name for name, _, _ in steps(planned)]
     order = ["setns", "fchdir", "setgroups", "setresgid", "setresuid", "capset", "clone", "setsid", "CANDIDATES", "exit_group"]
     assert [n for n in names if n in order] == order
     filter_at, fork_at = names.index("seccomp"), names.index("clone")
@@ -74,26 +58,26 @@ def test_restrictions_come_in_the_checked_order(no_new_privileges: bool) -> None
 
 
 def test_drops_and_closes() -> None:
-    program = steps(agent.plan(process(), GROUP, KEPT, INHERITED, LIMITS, {1}))
-    dropped = {args[1] for name, args, _ in program if name == "prctl" and args[0] == libc.PR_CAPBSET_DROP}
+    planned = steps(agent.plan(process(), GROUP, KEPT, INHERITED, LIMITS, {1}))
+    dropped = {args[1] for name, args, _ in planned if name == "prctl" and args[0] == libc.PR_CAPBSET_DROP}
     assert dropped == set(range(caps.last_cap() + 1)) - {caps.NUMBERS["CAP_CHOWN"], caps.NUMBERS["CAP_KILL"]}
-    assert [args[0] for name, args, _ in program if name == "fchown"] == [1]
-    names = [name for name, _, _ in program]
+    assert [args[0] for name, args, _ in planned if name == "fchown"] == [1]
+    names = [name for name, _, _ in planned]
     assert names.index("close_range") == 0
     last_close = max(i for i, name in enumerate(names) if name in ("close", "close_range"))
     assert last_close < names.index("setgroups")
     # The page with the pid is kept from the process forked last, which somebody in the container may write to.
-    shared = next(args[0] for name, args, _ in program if name == "mmap" and args[3] & 1)
-    assert ("madvise", shared, 10) in [(name, args[0], args[2]) for name, args, _ in program]
+    shared = next(args[0] for name, args, _ in planned if name == "mmap" and args[3] & 1)
+    assert ("madvise", shared, 10) in [(name, args[0], args[2]) for name, args, _ in planned]
 
 
 def test_limits_are_the_process_own_then_what_was_inherited() -> None:
     wanted = process(rlimits=(Rlimit("RLIMIT_NOFILE", 10, 20), Rlimit("RLIMIT_CORE", 0, 0)))
-    program = agent.plan(wanted, GROUP, KEPT, Inherited(((7, 1, 2), (8, 512, 1024)), (0,)), LIMITS, ())
+    planned = agent.plan(wanted, GROUP, KEPT, Inherited(((7, 1, 2), (8, 512, 1024)), (0,)), LIMITS, ())
     found = {}
-    for name, args, _ in steps(program):
+    for name, args, _ in steps(planned):
         if name == "prlimit64":
-            found[args[1]] = struct.unpack_from("<QQ", program, args[2] - agent.PROGRAM)
+            found[args[1]] = struct.unpack_from("<QQ", planned, args[2] - agent.PROGRAM)
     assert found == {7: (10, 20), 4: (0, 0), 8: (512, 1024)}
     with pytest.raises(Failure, match="RLIMIT_NONSENSE"):
         agent.plan(process(rlimits=(Rlimit("RLIMIT_NONSENSE", 1, 1),)), GROUP, KEPT, INHERITED, LIMITS, ())
@@ -107,12 +91,12 @@ def test_version_2_is_born_in_its_group() -> None:
 
 def test_affinity_follows_the_cgroup() -> None:
     """execCPUAffinity: the first before the group is joined, the second when its cpuset allows it."""
-    program = agent.plan(process(exec_cpu_affinity=ExecCPUAffinity("0-1", "3")), GROUP, KEPT, INHERITED, LIMITS, ())
-    found = steps(program)
+    planned = agent.plan(process(exec_cpu_affinity=ExecCPUAffinity("0-1", "3")), GROUP, KEPT, INHERITED, LIMITS, ())
+    found = steps(planned)
     at = [i for i, (name, _, _) in enumerate(found) if name == "sched_setaffinity"]
     joins = [i for i, (name, _, _) in enumerate(found) if name == "write"][: len(GROUP.directories)]
     assert at[0] < joins[0] < joins[-1] < at[1]
-    masks = [int.from_bytes(program[found[i][1][2] - agent.PROGRAM :][: found[i][1][1]], "little") for i in at]
+    masks = [int.from_bytes(planned[found[i][1][2] - agent.PROGRAM :][: found[i][1][1]], "little") for i in at]
     assert masks == [0b11, 0b1000]
 
 
