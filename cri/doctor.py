@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cri.cgroups import booted_with_systemd, choose
 from cri.config import Config
+from cri.errors import StartError
 from cri.startup import KERNEL_FLOOR, kernel_version
 from shim.cgroups import layout as cgroups
+from shim.cgroups.names import expand
 from shim.errors import Failure
 from shim.linux import caps
 
@@ -145,8 +148,30 @@ def _cgroups(config: Config) -> Iterator[Finding]:
             yield Finding(
                 "cgroups", "fail", f"no group can be made in {hierarchy}: {error.strerror}", "run as root, with /sys/fs/cgroup mounted rw"
             )
-    if config.cgroup.driver == "systemd" and not Path("/run/systemd/system").is_dir():
-        yield Finding("cgroups", "fail", "driver systemd is configured, systemd does not run", 'set driver = "cgroupfs" under [cgroup]')
+    yield from _cgroup_driver(config)
+
+
+def _cgroup_driver(config: Config) -> Iterator[Finding]:
+    try:
+        driver = choose(config)
+    except StartError as error:
+        yield Finding("cgroup driver", "fail", str(error), 'driver = "auto" under [cgroup] takes what this machine has')
+        return
+    how = "configured" if config.cgroup.driver != "auto" else "systemd is PID 1" if driver.name == "systemd" else "systemd is not PID 1"
+    if driver.name == "cgroupfs":
+        advice = "systemd is PID 1 and manages groups, too: use its driver, in the kubelet as well" if booted_with_systemd() else ""
+        yield Finding("cgroup driver", "note" if advice else "ok", f"cgroupfs ({how})", advice)
+        return
+    from shim.cgroups.bus import Bus
+
+    try:
+        bus = Bus("reach systemd", 5.0)
+        version = bus.property("Version")
+        bus.close()
+    except Failure as failure:
+        yield Finding("cgroup driver", "fail", f"systemd ({how}): {failure}", "apt install dbus; systemctl start dbus.socket")
+        return
+    yield Finding("cgroup driver", "ok", f"systemd {version} ({how}), runtime in {expand(driver.runtime)}")
 
 
 def _overlay(config: Config) -> Iterator[Finding]:
