@@ -191,6 +191,28 @@ def index(images: dict[str, Assembled], *, format: Format = "oci") -> Assembled:
     return Assembled(media_type, json.dumps(document, indent=1).encode(), children=tuple(images.values()))
 
 
+def artifact(files: dict[str, bytes], *, nameless: bytes = b"") -> Assembled:
+    """As ``oras push`` makes one: an empty config, a blob for each file, its name in an annotation."""
+    blobs = {digest_of(b"{}"): b"{}"}
+    layers = []
+    for name, data in files.items():
+        blobs[digest_of(data)] = data
+        described = Descriptor("application/octet-stream", digest_of(data), len(data))
+        layers.append(described.to_json(annotations={"org.opencontainers.image.title": name}))
+    if nameless:
+        blobs[digest_of(nameless)] = nameless
+        layers.append(Descriptor("text/plain", digest_of(nameless), len(nameless)).to_json())
+    kind = "application/vnd.oci.image.manifest.v1+json"
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": kind,
+        "artifactType": "application/vnd.example.model",
+        "config": Descriptor("application/vnd.oci.empty.v1+json", digest_of(b"{}"), 2).to_json(),
+        "layers": layers,
+    }
+    return Assembled(kind, json.dumps(manifest).encode(), blobs)
+
+
 # -- catalogue --------------------------------------------------------------------------------------------------------------
 
 

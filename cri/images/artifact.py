@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from cri.images.hosts import Endpoint
 from cri.images.manifest import Descriptor, Manifest
+from cri.images.partials import Partials
 from cri.images.progress import LayerProgress, Phase, Progress
 from cri.images.registry import Attempt, EndpointError
 from cri.images.snapshots import Meta
@@ -26,6 +27,7 @@ from shim.linux.process import boot_id
 
 _PHASE: Final = "read artifact"
 _DEPTH: Final = 32  # directories in a name
+_READ: Final = 1 << 20  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,49 +79,84 @@ def _clean(title: str, where: str) -> str:
     return "/".join(parts)
 
 
-async def fetch(wanted: Iterable[File], manifest_digest: str, source: Source, pull: Progress, root: Path, parallel: int) -> Meta:
-    """Download all files into the empty directory ``root``. Raises the registry's errors, or Failure of the disk."""
-    limit = asyncio.Semaphore(parallel)
-    every = tuple(wanted)
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """One artifact on its way into the empty directory ``root``."""
 
-    async def one(file: File) -> None:
-        async with limit:
-            await _one(file, source, pull, root)
+    source: Source
+    pull: Progress
+    root: Path
+    partials: Partials
 
-    tasks = [asyncio.create_task(one(file)) for file in every]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    size, inodes = await asyncio.to_thread(_measure, root)
-    name = chain_id(manifest_digest)
-    return Meta(name, name, manifest_digest, sum(file.descriptor.size for file in every), size, inodes, boot_id())
+    async def all(self, wanted: Iterable[File], manifest_digest: str, parallel: int) -> Meta:
+        """Download every file. Raises the registry's errors, or Failure of the disk."""
+        limit = asyncio.Semaphore(parallel)
+        every = tuple(wanted)
 
+        same: dict[str, list[File]] = {}
+        for file in every:
+            same.setdefault(file.descriptor.digest, []).append(file)
 
-async def _one(file: File, source: Source, pull: Progress, root: Path) -> None:
-    """Until the bytes are right, or every endpoint has served wrong ones."""
-    file.progress.phase = Phase.DOWNLOADING
-    path = root / file.name
-    avoid: frozenset[str] = frozenset()
-    try:
-        _directories(root, path.parent)
-        while True:
-            # Nobody else sees this directory yet, and nothing in it is a link: a name leads where it says.
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-            sink = _Sink(file, pull, fd)
-            try:
-                await source.stream_blob(file.descriptor.digest, sink, avoid)
-            finally:
-                os.close(fd)
-            if sink.verified():
-                os.chmod(path, 0o644)
-                break
-            avoid |= sink.sources
-    except OSError as error:
-        raise Failure.wrap("pull artifact", "write", error, file.name) from error
-    file.progress.phase = Phase.DONE
+        async def one(file: File, others: list[File]) -> None:
+            async with limit:
+                await self._one(file)
+                self._link(file, others)
+
+        tasks = [asyncio.create_task(one(first, others)) for first, *others in same.values()]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        size, inodes = await asyncio.to_thread(_measure, self.root)
+        name = chain_id(manifest_digest)
+        return Meta(name, name, manifest_digest, sum(file.descriptor.size for file in every), size, inodes, boot_id())
+
+    async def _one(self, file: File) -> None:
+        """Until the bytes are right, or every endpoint has served wrong ones."""
+        file.progress.phase = Phase.DOWNLOADING
+        path, digest = self.root / file.name, file.descriptor.digest
+        avoid: frozenset[str] = frozenset()
+        try:
+            _directories(self.root, path.parent)
+            while (blame := await self._attempt(file, path, avoid)) is not None:
+                avoid |= blame
+                if self.source.remote:
+                    self.partials.drop(digest)
+        except OSError as error:
+            raise Failure.wrap("pull artifact", "write", error, file.name) from error
+        file.progress.phase = Phase.DONE
+
+    def _link(self, file: File, others: list[File]) -> None:
+        """The same blob under more names."""
+        try:
+            for other in others:
+                _directories(self.root, (self.root / other.name).parent)
+                os.link(self.root / file.name, self.root / other.name)
+                other.progress.phase = Phase.EXISTS
+        except OSError as error:
+            raise Failure.wrap("pull artifact", "link", error, file.name) from error
+
+    async def _attempt(self, file: File, path: Path, avoid: frozenset[str]) -> frozenset[str] | None:
+        """None if the file is there; else the endpoints to blame: none, if it may have been what an earlier pull left."""
+        kept = self.partials.take(file.descriptor.digest, file.descriptor.size) if self.source.remote else None
+        # Nobody else sees this directory yet, and nothing in it is a link: a name leads where it says.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = kept.fd if kept is not None else os.open(path, flags, 0o644)
+        try:
+            sink = _Sink(file, self.pull, fd)
+            if kept is not None and kept.size:
+                await sink.resume(kept.size)
+            await self.source.stream_blob(file.descriptor.digest, sink, avoid)
+            if not sink.verified():
+                return frozenset() if kept is not None and kept.size else sink.sources
+            os.fchmod(fd, 0o644)
+            if kept is not None:
+                os.link(self.partials.path(file.descriptor.digest), path)
+            return None
+        finally:
+            os.close(fd)
 
 
 class _Sink:
@@ -133,6 +170,20 @@ class _Sink:
         self.sources: frozenset[str] = frozenset()
         file.progress.fetched = 0
 
+    async def resume(self, size: int) -> None:
+        """Go on behind what an earlier pull kept. It is hashed like what arrives."""
+
+        def read() -> None:
+            while self.offset < size:
+                data = os.pread(self._fd, min(_READ, size - self.offset), self.offset)
+                if not data:
+                    raise Failure("pull artifact", "read partial", path=self._file.name, message="is shorter than it was")
+                self._hash.update(data)
+                self.offset += len(data)
+
+        await _finished(asyncio.to_thread(read))
+        self._file.progress.fetched = self.offset
+
     @property
     def missing(self) -> int:
         return self._file.descriptor.size - self.offset
@@ -142,18 +193,23 @@ class _Sink:
         if len(chunk) > self.missing:
             raise EndpointError(Attempt(endpoint.base, f"sent more than the {self._file.descriptor.size} bytes of the blob", 200))
         self._hash.update(chunk)
-        writing = asyncio.ensure_future(asyncio.to_thread(_write, self._fd, chunk))
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await asyncio.wait([writing])  # the fd is about to be closed, and its number to be somebody else's
-            raise
+        await _finished(asyncio.to_thread(_write, self._fd, chunk, self.offset))
         self.offset += len(chunk)
         self._file.progress.fetched = self.offset
         self._pull.arrived(self._file.progress, len(chunk))
 
     def verified(self) -> bool:
         return self._file.descriptor.digest == f"{self._algorithm}:{self._hash.hexdigest()}"
+
+
+async def _finished(work: Coroutine[None, None, None]) -> None:
+    """A thread's work, waited for even by who is cancelled: the fd is about to be closed, and its number to be somebody else's."""
+    running = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 def _directories(root: Path, path: Path) -> None:
@@ -164,10 +220,11 @@ def _directories(root: Path, path: Path) -> None:
             directory.chmod(0o755)
 
 
-def _write(fd: int, chunk: bytes) -> None:
+def _write(fd: int, chunk: bytes, offset: int) -> None:
     view = memoryview(chunk)
     while view:
-        view = view[os.write(fd, view) :]
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _measure(root: Path) -> tuple[int, int]:

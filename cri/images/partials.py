@@ -126,6 +126,10 @@ class Partials:
             os.close(fd)
             raise
 
+    def path(self, blob: str) -> Path:
+        """Of the file that ``take`` opened."""
+        return self._directory / _name(blob)
+
     def drop(self, blob: str) -> None:
         """Its layer is published, or its bytes are wrong."""
         self._discard(self._directory / _name(blob))

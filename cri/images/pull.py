@@ -233,10 +233,12 @@ class Pulls:
         kept.append(chain)
         progress.layers = [file.progress for file in files]
         if self._snapshots.get(chain) is None:
+            if source.remote:
+                self._partials.begin(document.digest, (chain,), tuple(file.descriptor.digest for file in files))
             path = self._snapshots.begin(chain)
             try:
-                meta = await artifact.fetch(files, document.digest, source, progress, path / "fs", self._options.parallel_layers)
-                self._snapshots.commit(path, meta)
+                fetch = artifact.Fetch(source, progress, path / "fs", self._partials)
+                self._snapshots.commit(path, await fetch.all(files, document.digest, self._options.parallel_layers))
             except BaseException:
                 self._snapshots.abandon(path)
                 self._snapshots.empty_trash()

@@ -122,32 +122,10 @@ def test_in_a_user_namespace(daemon: Daemon, busybox: str, data: str) -> None:
     assert b"Read-only" in daemon.exec(container, "touch", "/m/x").stderr
 
 
-def artifact(files: dict[str, bytes], *, nameless: bytes = b"") -> images.Assembled:
-    """As ``oras push`` makes one: an empty config, a blob for each file, its name in an annotation."""
-    blobs = {images.digest_of(b"{}"): b"{}"}
-    layers = []
-    for name, data in files.items():
-        blobs[images.digest_of(data)] = data
-        described = images.Descriptor("application/octet-stream", images.digest_of(data), len(data))
-        layers.append(described.to_json(annotations={"org.opencontainers.image.title": name}))
-    if nameless:
-        blobs[images.digest_of(nameless)] = nameless
-        layers.append(images.Descriptor("text/plain", images.digest_of(nameless), len(nameless)).to_json())
-    kind = "application/vnd.oci.image.manifest.v1+json"
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": kind,
-        "artifactType": "application/vnd.example.model",
-        "config": images.Descriptor("application/vnd.oci.empty.v1+json", images.digest_of(b"{}"), 2).to_json(),
-        "layers": layers,
-    }
-    return images.Assembled(kind, json.dumps(manifest).encode(), blobs)
-
-
 def test_an_artifact_as_a_volume(daemon: Daemon, registry: DockerRegistry, pod: Pod, busybox: str) -> None:
     """Files by name, read-only, for every user; with a sub path; listed, and removed with what it occupied."""
     before = snapshots(daemon)
-    model = artifact({"weights.bin": b"w" * 3_000_000, "conf/model.json": b"{}", "conf/deep/x": b"x"}, nameless=b"not shown")
+    model = images.artifact({"weights.bin": b"w" * 3_000_000, "conf/model.json": b"{}", "conf/deep/x": b"x"}, nameless=b"not shown")
     reference = pull(daemon, registry.push(model, "model:1"))
     image = daemon.images.ImageStatus(v1.ImageStatusRequest(image=v1.ImageSpec(image=reference), verbose=True), timeout=10)
     assert image.image.id == images.digest_of(model.manifest)
@@ -171,7 +149,7 @@ def test_an_artifact_as_a_volume(daemon: Daemon, registry: DockerRegistry, pod: 
     assert lines[4].startswith("{}drwxr-xr-x") and b"Read-only" in shown.stderr
     assert {m.image.image_ref for m in daemon.container(container).mounts} == {image.image.id}
     # Another pull finds it whole; two artifacts do not become one although their configs are the same.
-    other = pull(daemon, registry.push(artifact({"other": b"o"}), "model:2"))
+    other = pull(daemon, registry.push(images.artifact({"other": b"o"}), "model:2"))
     assert pull(daemon, reference) == reference
     assert len(snapshots(daemon) - before) == 2
     with pytest.raises(grpc.RpcError, match=r"config\.image\.image: .*is an artifact"):
@@ -191,7 +169,7 @@ def test_an_artifact_as_a_volume(daemon: Daemon, registry: DockerRegistry, pod: 
 )
 def test_hostile_artifacts(daemon: Daemon, registry: DockerRegistry, names: list[str], why: str) -> None:
     before = snapshots(daemon)
-    reference = registry.push(artifact({name: name.encode() for name in names}, nameless=b"x"), "hostile:1")
+    reference = registry.push(images.artifact({name: name.encode() for name in names}, nameless=b"x"), "hostile:1")
     with pytest.raises(grpc.RpcError, match=why):
         pull(daemon, reference)
     assert snapshots(daemon) == before
