@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from cri.cdi.model import Edits
 from cri.containers import cdi, hostpaths, image_volumes, logs
@@ -28,6 +29,9 @@ from protos.runtime.v1 import api_pb2 as v1
 from shim.errors import Failure
 from shim.oci import bundle
 from shim.oci.spec import Spec
+
+
+MAX_VOLUMES: Final = 256  # of an image
 
 
 async def create(
@@ -100,7 +104,8 @@ class _Maker:
 
         operation.enter("mount sources")
         await hostpaths.ensure(config.mounts)
-        logs.make_directory(facts.log_path)
+        log_path = logs.core_path(facts.log_path, pod.config)
+        logs.make_directory(log_path)
 
         operation.enter("root file system")
         undo.push("release snapshot", partial(self.images.release, container_id))
@@ -125,7 +130,7 @@ class _Maker:
                 container_id,
                 pod.id,
                 bundle=directory,
-                log_path=facts.log_path,
+                log_path=log_path,
                 tty=config.tty,
                 stdin=config.stdin,
                 stdin_once=config.stdin_once,
@@ -181,6 +186,8 @@ class _Maker:
         wanted = [v for v in image.config.volumes if os.path.normpath(v) not in mounted]
         if not wanted:
             return {}
+        if len(wanted) > MAX_VOLUMES:  # an image could name a million, each a directory and a mount made while others wait
+            raise InvalidArgument(f"{len(wanted)} volumes, more than {MAX_VOLUMES}", field="image config.Volumes")
         base = self.containers.layout.container_volumes(container_id)
         undo.push("remove volumes", partial(remove_tree, base))
         os.mkdir(base, 0o700)

@@ -35,7 +35,7 @@ def open_in_root(root: int, path: str, flags: int = _O_PATH, mode: int = 0, *, r
 
 
 def open_beneath(directory: int, name: str, flags: int = _O_PATH, mode: int = 0) -> int:
-    """Open one component below an fd that is held; a symlink there is ELOOP."""
+    """Open one component, or several, below an fd that is held; a symlink there is ELOOP."""
     return libc.openat2(directory, name, flags | _O_NOFOLLOW, mode, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS)
 
 

@@ -7,6 +7,7 @@ import os
 import stat
 
 from shim.errors import Failure
+from shim.linux.path import open_beneath
 
 _FLAGS = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _LONGEST = 20 * 1024  # bytes, above any record
@@ -16,10 +17,10 @@ def open_log(path: str) -> int:
     """Open for appending, 0640 as containerd creates it, and drop a record that a killed writer left torn.
 
     A symlink or anything but a regular file is refused: whoever may write to the log directory must not choose what we append to.
-    Raises Failure.
+    That directory is what is left of a double slash; its own path may lead over symlinks. Raises Failure.
     """
     try:
-        fd = os.open(path, _FLAGS, 0o640)
+        fd = _open(path)
     except OSError as error:
         raise Failure("log", "open", errno=error.errno, path=path) from error
     try:
@@ -34,6 +35,17 @@ def open_log(path: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _open(path: str) -> int:
+    top, _, name = path.partition("//")
+    if not name:
+        return os.open(path, _FLAGS, 0o640)
+    directory = os.open(top or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return open_beneath(directory, name, _FLAGS, 0o640)
+    finally:
+        os.close(directory)
 
 
 def _repair(fd: int, size: int) -> None:

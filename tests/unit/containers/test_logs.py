@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cri.containers.logs import container_log_path
+from cri.containers.logs import container_log_path, core_path
 from cri.errors import InvalidArgument
 from protos.runtime.v1 import api_pb2 as v1
 
@@ -39,3 +39,14 @@ def test_whatever_is_accepted_is_below(name: str) -> None:
         return
     assert found.startswith("/var/log/p/")
     assert posixpath.normpath(found) == found
+
+
+@given(st.text(min_size=1), st.sampled_from(["/", "/l", "//l//m/", "/l/m"]))
+def test_what_may_lead_over_links_ends_at_the_double_slash(name: str, directory: str) -> None:
+    try:
+        found = path(directory, name)
+    except InvalidArgument:
+        return
+    core = core_path(found, v1.PodSandboxConfig(log_directory=directory))
+    assert core.count("//") == 1 and posixpath.normpath(core.replace("//", "/")) == found
+    assert posixpath.normpath(core.partition("//")[0] or "/") == posixpath.normpath("/" + directory.lstrip("/"))
