@@ -30,7 +30,6 @@ from shim.errors import Failure
 from shim.oci import bundle
 from shim.oci.spec import Spec
 
-
 MAX_VOLUMES: Final = 256  # of an image
 
 

@@ -119,7 +119,8 @@ def test_a_tree_too_deep_to_be_walked(daemon: Daemon, pod: Pod, image: Callable[
     """Directories in directories, deeper than Python recurses: the container is removed and the disk given back, also of what was removed
     after it. (``shutil.rmtree`` gave up, and then left everything that came later as well.)"""
     reference = image(Layer().directory("v"), Volumes={"/v": {}})
-    script = f"cd {'/v' if where == 'volume' else '/tmp'}; i=0; while [ $i -lt 1500 ]; do mkdir d; cd d; i=$((i+1)); done; echo made; sleep 600"
+    deep = "i=0; while [ $i -lt 1500 ]; do mkdir d; cd d; i=$((i+1)); done; echo made; sleep 600"
+    script = f"cd {'/v' if where == 'volume' else '/tmp'}; {deep}"
     container = daemon.run(pod, reference, "sh", "-c", script)
     other = daemon.run(pod, reference, "sleep", "600")
     wait_for("the tree", lambda: "made" in daemon.log_text(container), 30)
@@ -129,7 +130,9 @@ def test_a_tree_too_deep_to_be_walked(daemon: Daemon, pod: Pod, image: Callable[
     wait_for("an empty trash", lambda: not os.listdir(daemon.root / "images" / "trash"), 20)
 
 
-def test_a_log_that_goes_on_after_the_container(daemon: Daemon, pod: Pod, busybox: str, hostile: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_log_that_goes_on_after_the_container(
+    daemon: Daemon, pod: Pod, busybox: str, hostile: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The stdout of a container, passed to another one, is of no use once the first has ended: nobody rotates the logs of the dead."""
     meeting = tmp_path / "meeting"
     meeting.mkdir()
