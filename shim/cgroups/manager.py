@@ -115,6 +115,12 @@ def begin(layout: Layout, cgroups_path: str, resources: Resources | None = None)
     return _Made(create(layout, cgroups_path, resources))
 
 
+def delegate(group: Group, uid: int, gid: int) -> None:
+    """Hand the group to root of a user namespace, who may divide it. Nothing on version 1, where that is not safe."""
+    if group.version == 2:
+        v2.delegate(group, uid, gid)
+
+
 def create(layout: Layout, cgroups_path: str, resources: Resources | None = None) -> Group:
     """Make the group with its limits and device rules; parents that are missing too. Nothing is left after a Failure.
 

@@ -30,6 +30,16 @@ def watch(group: Group) -> list[int]:
         raise Failure.wrap("watch memory", "open", error) from error
 
 
+def kills_above(group: Group) -> int | None:
+    """What the group above a scope has counted for all below it; None where it does not."""
+    for fd in _events(os.path.dirname(group.paths[""])) if group.version == 2 and group.unit else []:
+        try:
+            return _kills(fd)
+        finally:
+            os.close(fd)
+    return None
+
+
 def _events(directory: str) -> list[int]:
     try:
         return [os.open(f"{directory}/memory.events", os.O_RDONLY | os.O_CLOEXEC)]

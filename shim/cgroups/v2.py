@@ -41,6 +41,22 @@ def complete(group: Group, layout: Layout, writes: Sequence[plan.Write]) -> None
     execute(group, writes, "create cgroup")
 
 
+def delegate(group: Group, uid: int, gid: int) -> None:
+    """Let this user, root of a user namespace, make groups below and move its processes among them: the files that the kernel names for
+    that, and none with a limit in it."""
+    directory = group.paths[""]
+    try:
+        names = files.read("/sys/kernel/cgroup/delegate").split()
+        os.chown(directory, uid, gid)
+        for name in names:
+            try:
+                os.chown(f"{directory}/{name}", uid, gid, follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # of a controller that is not on here
+    except OSError as error:
+        raise Failure.wrap("create cgroup", "delegate", error, directory) from error
+
+
 # ---- controllers
 
 

@@ -127,6 +127,8 @@ class Stage1:
         self.prepared = rootfs.prepare(self.operations, self.recipe, shm_fd=shm, userns_fd=self.user)
         self.making.finish()
         self.oom_fds = oom.watch(self.group)
+        if kept_.root is not None and any(m.type == "cgroup" and "ro" not in m.options for m in spec.mounts):
+            cgroups.delegate(self.group, *kept_.root)
         if own_pids:
             return self._with_init(kept_)
         self._alone(kept_)

@@ -237,6 +237,7 @@ def _container(core: Core, logs: Logs, name: str) -> None:
     container.own_pids, container.user, container.hooks = record["own_pids"], record["user"], tuple(record["hooks"])
     container.group = cgroups.Group.from_json(record["cgroup"]) if record["cgroup"] else None
     container.started_at, container.starttime = record["started_at"], record["starttime"]
+    container.kills_before = record.get("kills_before")
     core.table.containers[name] = container
     container.exit = bundles.read_exit(bundle)
     if container.exit is not None:
@@ -266,13 +267,43 @@ async def _gone(core: Core, logs: Logs, container: Container, pid: int) -> None:
     ended = await exits.code_from_pin(core, container.id)
     if ended is None:
         ended = await exits.code_from_daemon(core, pid)
+    killed = await _was_out_of_memory(core, container)
     if container.start_error is not None:
         exit = ExitRecord(128, finished, reason="StartError", message=str(container.start_error))
     elif ended is not None:
-        exit = ExitRecord(ended.code, finished, signal=ended.signal)
+        exit = ExitRecord(ended.code, finished, killed, signal=ended.signal)
     else:
-        exit = ExitRecord(255, finished, reason="Unknown", message="ended while no supervisor was there")
+        exit = ExitRecord(255, finished, killed, reason="Unknown", message="ended while no supervisor was there")
     await exits.record(core, logs, container, exit)
+
+
+async def _was_out_of_memory(core: Core, container: Container) -> bool:
+    """By its group's counter, which is there until the container is deleted. systemd has removed a scope by now; if nobody else is in its
+    slice, what that has counted since was this container's."""
+    if container.group is None:
+        return False
+    try:
+        _, fds = await core.children.call(WatchOom({container.id: container.group}), "watch oom")
+        ooms.watch(core, container, list(fds.values()))
+        ooms.count(core, container)
+        if container.oom is None and container.kills_before is not None and ooms.alone(core, container):
+            facts, _ = await core.children.call(KillsAbove(container.group), "watch oom")
+            container.oom_kills = max((facts["kills"] or 0) - container.kills_before, 0)
+    except Failure as failure:
+        core.log(f"container {container.id}: {failure}")
+    return container.oom_kills > 0
+
+
+class KillsAbove:
+    """A job: ``{"ok": {"kills": number or None}}``, see ``oom.kills_above``."""
+
+    keep: Collection[int] = ()
+
+    def __init__(self, group: cgroups.Group) -> None:
+        self._group = group
+
+    def __call__(self, channel: Channel) -> None:
+        channel.send({"ok": {"kills": oom.kills_above(self._group)}})
 
 
 async def take_console(core: Core, logs: Logs, request: Request) -> dict[str, Any]:

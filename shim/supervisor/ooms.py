@@ -11,7 +11,7 @@ from shim.supervisor.table import Container, Core
 
 def watch(core: Core, container: Container, fds: list[int]) -> None:
     """Count the group's kills; the fds were opened by the child that made the group, or by one that looked it up."""
-    if container.group is None or not fds:
+    if container.group is None or container.oom is not None or not fds:
         for fd in fds:
             os.close(fd)
         return
@@ -19,6 +19,8 @@ def watch(core: Core, container: Container, fds: list[int]) -> None:
     now = watching.above()
     if now is not None:
         core.table.kills_above.setdefault(_above(container), now)
+        if container.kills_before is None:
+            container.kills_before = now
     for fd in watching.filenos():
         core.loop.add(fd, lambda: count(core, container), OOM, watching.events)
 
@@ -74,6 +76,12 @@ def _explain(core: Core, container: Container, above: int) -> None:
         names = " ".join(each.id[:12] for each in gone)
         core.log(f"{above - explained} OOM kills in {_above(container)}: of one of {names}, whose groups are gone")
     core.table.kills_above[_above(container)] = max(above, explained)
+
+
+def alone(core: Core, container: Container) -> bool:
+    """Whether no other container that is known was in the same slice."""
+    here = _above(container)
+    return not any(each is not container and _above(each) == here for each in core.table.containers.values())
 
 
 def _above(container: Container) -> str:

@@ -93,6 +93,7 @@ class Container:
     programs: dict[tuple[str, frozenset[int]], Program] = field(default_factory=dict)  # of exec sessions, see ``agents``
     oom: oom.OomWatch | None = None
     oom_kills: int = 0
+    kills_before: int | None = None  # in the slice of its scope, when it was created
     started_at: int = 0  # ns since the epoch
     exit: ExitRecord | None = None
     starting: Future[None] | None = None
@@ -119,6 +120,7 @@ class Container:
             "hooks": self.hooks,
             "cgroup": self.group.to_json() if self.group else None,
             "started_at": self.started_at,
+            "kills_before": self.kills_before,
         }
 
     def close(self) -> None:

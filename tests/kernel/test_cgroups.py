@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -524,3 +525,24 @@ def test_detection_is_json(layout: Layout) -> None:
         [sys.executable, "-c", "import shim.cgroups.manager, sys; print('asyncio' in sys.modules)"], capture_output=True, check=True
     )
     assert done.stdout == b"False\n"
+
+
+def test_a_group_is_delegated(layout: Layout, parent: str, run: Callable[..., int]) -> None:
+    """A user that is root of a user namespace makes groups and moves its own processes, and changes no limit."""
+    if layout.version == 1:
+        pytest.skip("version 1 is not delegated")
+    group = manager.create(layout, f"{parent}/a", Resources(pids=Pids(20)))
+    manager.delegate(group, 4711, 4711)
+    top = group.paths[""]
+
+    def divide() -> None:
+        os.setresgid(4711, 4711, 4711)
+        os.setresuid(4711, 4711, 4711)
+        os.mkdir(f"{top}/b")
+        Path(f"{top}/b/cgroup.procs").write_text("0")
+        with pytest.raises(PermissionError):
+            Path(f"{top}/pids.max").write_text("max")
+        os._exit(7)
+
+    assert exit_code(run(group, divide)) == 7
+    manager.remove(group)

@@ -6,13 +6,14 @@ import asyncio
 import os
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from shim import client
 from shim.errors import Failure
-from shim.oci.spec import NamespaceType
+from shim.oci.spec import Memory, NamespaceType, Resources, Spec
 from shim.runtime import pins
 from tests.kernel.supervised import rig, until
 
@@ -82,6 +83,25 @@ async def test_an_exit_while_there_is_no_supervisor() -> None:
         for i, name in enumerate(names):
             exit = await node.exit(name)
             assert (exit.exit_code, exit.reason) == (i, ""), name
+
+
+async def test_out_of_memory_while_there_is_no_supervisor() -> None:
+    async with rig() as node:
+        pod = await node.pod()
+        limit = Resources(memory=Memory(limit=16 << 20, swap=16 << 20))
+        script = "until test -e /dev/shm/go; do sleep 0.02; done; exec tail /dev/zero"
+
+        def change(spec: Spec) -> Spec:
+            return replace(spec, linux=replace(spec.linux, resources=limit))
+
+        name = await node.run(pod, "sh", "-c", script, change=change)
+        pid = node.supervisor.snapshot().containers[name].pid
+        os.kill(node.supervisor.pid, signal.SIGSTOP)  # it sees nothing from here on
+        Path(f"/proc/{pid}/root/dev/shm/go").touch()
+        await until(lambda: not Path(f"/proc/{pid}/cmdline").read_bytes(), 30)
+        await node.kill_supervisor()
+        exit = await node.exit(name, 30)
+        assert (exit.exit_code, exit.oom_killed) == (137, True)
 
 
 async def test_a_created_container_is_ended_and_reported() -> None:
