@@ -21,6 +21,7 @@ from cri.errors import DeadlineExceeded, InvalidArgument
 from cri.spec import resources
 from cri.supervisor import ExecSession, Supervisor
 from protos.runtime.v1 import api_pb2 as v1
+from shim.errors import Failure
 from shim.oci import bundle
 from shim.oci.spec import Process, User
 
@@ -29,6 +30,7 @@ MESSAGE: Final = (16 << 20) - 1024  # bytes of both: the kubelet refuses a large
 WATCH_AFTER: Final = 0.01  # seconds
 DRAIN: Final = 1.0  # seconds for background children that hold the pipes
 STARTING: Final = 1.0  # seconds past its time that an exec is waited for which has not begun
+ENDING: Final = 0.25  # seconds that a container's exit may be behind an exec that failed because of it
 REAP: Final = 5.0  # seconds for a killed process to be gone
 PIPE: Final = 1 << 20  # /proc/sys/fs/pipe-max-size, to which a process may enlarge its stdout
 _READ: Final = 1 << 16
@@ -58,11 +60,21 @@ async def exec_sync(request: v1.ExecSyncRequest, *, containers: Containers, supe
         except asyncio.CancelledError:  # the client has gone: nobody will read the output
             await run.kill()
             raise
+        except Failure:
+            await _refuse_if_ended(container)
+            raise
         stdout, stderr = run.output()
         return v1.ExecSyncResponse(stdout=stdout, stderr=stderr, exit_code=code)
     finally:
         container.execs.discard(exec_id)
         run.close()
+
+
+async def _refuse_if_ended(container: Container) -> None:
+    """An exec that meets the container's end fails with the kernel's words for a process that is not there: say what happened instead."""
+    for _ in range(25):
+        container.require_running("exec")
+        await asyncio.sleep(ENDING / 25)
 
 
 def exec_process(container: Container, command: Sequence[str], containers: Containers) -> Process:

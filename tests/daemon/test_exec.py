@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -189,3 +191,27 @@ def test_many_execs_leak_nothing(daemon: Daemon, container: str, count: int) -> 
     wait_for("descriptors to return", lambda: all(fds(pid) <= before[pid] + 2 for pid in before))
     # a spare child more or less
     wait_for("helpers to end", lambda: len(daemon.pids().others) <= len(pids.others) + 2)
+
+
+def test_an_exec_that_meets_the_containers_end_says_so(daemon: Daemon, pod: Pod, busybox: str) -> None:
+    """A probe of a container that ends just then: not "join namespaces: ESRCH", which reads like a fault of the runtime."""
+    refused: list[grpc.RpcError] = []
+
+    def probe(victim: str) -> None:
+        while True:
+            try:
+                daemon.exec(victim, "true")
+            except grpc.RpcError as error:
+                refused.append(error)
+                return
+
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(6):
+            victim = daemon.run(pod, busybox, "sleep", "100000")
+            probes = [pool.submit(probe, victim) for _ in range(6)]
+            time.sleep(0.1)
+            info = daemon.runtime.ContainerStatus(v1.ContainerStatusRequest(container_id=victim, verbose=True), timeout=10).info["info"]
+            os.kill(json.loads(info)["pid"], signal.SIGKILL)
+            for one in probes:
+                one.result()
+    assert {error.code() for error in refused} == {grpc.StatusCode.FAILED_PRECONDITION}, {error.details() for error in refused}
