@@ -19,6 +19,7 @@ EGRESS: Final = "kubernetes.io/egress-bandwidth"
 MAC: Final = "network.cri-shim.io/mac"
 IPS: Final = "network.cri-shim.io/ips"
 ALIASES: Final = "network.cri-shim.io/aliases"
+INFINIBAND: Final = "network.cri-shim.io/infiniband-guid"
 POD_ANNOTATIONS: Final = "io.kubernetes.cri.pod-annotations"
 
 _BURST: Final = (1 << 32) - 1  # bits; what containerd and CRI-O send, so that the rate alone limits
@@ -28,6 +29,7 @@ _SUFFIXES = {"n": Decimal("1e-9"), "u": Decimal("1e-6"), "m": Decimal("0.001")}
 _SUFFIXES |= {s: Decimal(1000) ** (i + 1) for i, s in enumerate("kMGTPE")}
 _SUFFIXES |= {f"{s}i": Decimal(1024) ** (i + 1) for i, s in enumerate("KMGTPE")}
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
+_GUID = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){7}")
 _PROTOCOLS: Mapping[int, str] = {v1.TCP: "tcp", v1.UDP: "udp", v1.SCTP: "sctp"}
 
 
@@ -57,6 +59,7 @@ def capabilities(pod: PodNetwork, pod_cidrs: tuple[str, ...] = ()) -> dict[str, 
         "ips": _ips(pod.annotations.get(IPS, "")),
         "aliases": [a.strip() for a in pod.annotations.get(ALIASES, "").split(",") if a.strip()],
         "cgroupPath": pod.cgroup_parent,
+        "infinibandGUID": _guid(pod.annotations.get(INFINIBAND, "")),
         POD_ANNOTATIONS: dict(pod.annotations),
     }
     return {key: value for key, value in found.items() if value}
@@ -119,6 +122,12 @@ def _dns(dns: v1.DNSConfig | None) -> dict[str, list[str]]:
 def _mac(text: str) -> str:
     if text and not _MAC.fullmatch(text):
         raise InvalidArgument("not a MAC address", field=f"config.annotations[{MAC}]")
+    return text
+
+
+def _guid(text: str) -> str:
+    if text and not _GUID.fullmatch(text):
+        raise InvalidArgument("not a GUID of InfiniBand", field=f"config.annotations[{INFINIBAND}]")
     return text
 
 

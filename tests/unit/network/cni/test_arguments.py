@@ -43,6 +43,7 @@ def test_capabilities_of_a_pod_with_everything() -> None:
         arguments.MAC: "0a:58:0a:00:00:02",
         arguments.IPS: "10.0.0.9/24, fd00::9",
         arguments.ALIASES: "db, cache",
+        arguments.INFINIBAND: "c2:11:22:33:44:55:66:77",
     }
     ports = (
         v1.PortMapping(host_port=80, container_port=8080, host_ip="192.0.2.1"),
@@ -66,6 +67,7 @@ def test_capabilities_of_a_pod_with_everything() -> None:
         "ips": ["10.0.0.9/24", "fd00::9"],
         "aliases": ["db", "cache"],
         "cgroupPath": "/kubepods/p",
+        "infinibandGUID": "c2:11:22:33:44:55:66:77",
         "io.kubernetes.cri.pod-annotations": annotations,
     }
     plugin = Plugin("x", frozenset({"mac", "portMappings", "unknown"}), {})
@@ -78,7 +80,14 @@ def test_a_plain_pod_has_nothing_to_say() -> None:
 
 @pytest.mark.parametrize(
     "name, text",
-    [(arguments.INGRESS, "lots"), (arguments.EGRESS, "10"), (arguments.INGRESS, "2P"), (arguments.MAC, "0a:58"), (arguments.IPS, "10.0.0")],
+    [
+        (arguments.INGRESS, "lots"),
+        (arguments.EGRESS, "10"),
+        (arguments.INGRESS, "2P"),
+        (arguments.MAC, "0a:58"),
+        (arguments.IPS, "10.0.0"),
+        (arguments.INFINIBAND, "c2:1"),
+    ],
 )
 def test_annotations_that_cannot_be_meant(name: str, text: str) -> None:
     with pytest.raises(InvalidArgument, match="config.annotations"):
