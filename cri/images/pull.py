@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,8 @@ from cri.images.source import Source
 from cri.images.unpack import Helper, Limits, Unpacker
 from shim.errors import Failure
 from shim.linux.process import boot_id
+
+log = logging.getLogger("cri.images")
 
 _PATIENCE = 5.0  # seconds
 _NESTING = 4  # indexes in indexes
@@ -181,7 +184,13 @@ class Pulls:
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            # Nobody waits for it; what it would have marked durable is only trusted until the next reboot.
+            log.warning("background work of pulls: %s", error)
 
     async def _resolve(self, source: Source, selector: str) -> tuple[Document, Document, Manifest]:
         """(what the selector names, the manifest for this platform, the same parsed)."""

@@ -198,7 +198,11 @@ class Images:
         def done(pulled: Pulled, digest: str) -> None:
             added.append(self.add(pulled, str(parsed) if parsed.tag else "", parsed.with_digest(digest), signatures))
 
-        await self.pulls.pull(parsed, credentials, admit, done)
+        try:
+            await self.pulls.pull(parsed, credentials, admit, done)
+        except BaseException:
+            self._collect()  # what was published for it and is nobody's now; a full disk needs the room
+            raise
         return added[0]
 
     def require_trusted(self, image: Image, asked: str) -> None:
