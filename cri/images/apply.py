@@ -16,6 +16,7 @@ _WHITEOUT, _AUFS = b".wh.", b".wh..wh."
 _OPAQUE = b".wh..wh..opq"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH_LIMIT = 4095
+_INLINE = 60  # bytes of a symlink that ext4 does not keep in the inode
 _BLOCK = 4096  # what a file's data is rounded up to when its disk usage is reckoned; st_blocks is not known before write-back
 
 
@@ -196,7 +197,7 @@ class Layer:
                 if not again:
                     raise
                 self._remove(path)
-        self._account(0)
+        self._account(len(entry.link) if len(entry.link) >= _INLINE else 0)
         os.chown(path, entry.uid, entry.gid, follow_symlinks=False)
         if entry.kind != tar.SYMLINK:
             os.chmod(path, entry.mode)

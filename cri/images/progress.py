@@ -50,9 +50,9 @@ class Progress:
         wanted = sum(layer.size for layer in self.layers if layer.phase is not Phase.EXISTS)
         now = time.monotonic()
         seconds = now - self.started
-        # Since the first byte: a pull that waited for its turn is not slow.
+        # Since the first byte, as a pull that waited for its turn is not slow; and without what an earlier pull has left.
         flowing = now - self.first_byte if self.first_byte else 0.0
-        rate = fetched / flowing if flowing > 0 else 0.0
+        rate = sum(layer.received for layer in self.layers) / flowing if flowing > 0 else 0.0
         return {
             "references": list(self.references),
             "phase": str(self.phase),

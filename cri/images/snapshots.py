@@ -126,9 +126,13 @@ class Snapshots:
     def begin(self, chain_id: str) -> Path:
         """A private directory with an empty ``fs`` to unpack into."""
         path = self._ingest / f"{name_of(chain_id)}.{secrets.token_hex(4)}"
-        path.mkdir(mode=0o700)
-        (path / "fs").mkdir(mode=0o755)
-        (path / "fs").chmod(0o755)
+        try:
+            path.mkdir(mode=0o700)
+            (path / "fs").mkdir(mode=0o755)
+            (path / "fs").chmod(0o755)
+        except OSError as error:
+            self._discard(path)
+            raise Failure.wrap("unpack layer", "make directory", error, str(path)) from error
         return path
 
     def commit(self, path: Path, meta: Meta) -> None:

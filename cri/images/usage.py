@@ -12,6 +12,7 @@ from cri.images.snapshots import Snapshots
 
 _FRESH = 10.0  # seconds; the kubelet asks for stats as often
 _SMALL = 4096  # bytes a record or document occupies
+_OWN_BYTES, _OWN_INODES = 3 * _SMALL, 4  # of a snapshot: its directory, fs and meta.json; and durable, which is empty
 _DEPTH = 200
 _BLOCK = 512  # unit of st_blocks
 
@@ -71,13 +72,24 @@ class Containers:
 
 
 async def measure(root: Path, snapshots: Snapshots, containers: Containers, files: int) -> FsInfo:
-    """Images from what unpacking recorded, with ``files`` small files beside them; containers measured."""
+    """Images from what unpacking recorded, with ``files`` small files beside them, and parts of layers as they are; containers measured."""
     layers = list(snapshots.all())
+    parts = _files(root / "partials")
     images = Usage(
-        sum(m.bytes for m in layers) + files * _SMALL,
-        sum(m.inodes + 4 for m in layers) + files,  # 4: the snapshot's own directory, fs, meta.json and durable
+        sum(m.bytes for m in layers) + len(layers) * _OWN_BYTES + files * _SMALL + parts.bytes,
+        sum(m.inodes for m in layers) + len(layers) * _OWN_INODES + files + parts.inodes,
     )
     return FsInfo(time.time_ns(), str(root), images, await containers.total())
+
+
+def _files(directory: Path) -> Usage:
+    """Of a directory with a few files."""
+    try:
+        with os.scandir(directory) as entries:
+            found = [e.stat(follow_symlinks=False) for e in entries]
+    except FileNotFoundError:
+        return Usage(0, 0)  # also if one went while we looked; the next time will tell
+    return Usage(sum(f.st_blocks for f in found) * _BLOCK, len(found))
 
 
 def walk(top: Path) -> Usage:
