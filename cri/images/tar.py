@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
-_BUFFER = 1 << 20  # a multiple of BLOCK, so that a header never straddles two fills
+_BUFFER = 1 << 17  # a multiple of BLOCK, so that a header never straddles two fills
 _SPECIAL_LIMIT = 1 << 20  # bytes of one PAX header, long name or sparse map (CVE-2025-58183)
 _HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s6s2s32s32s8s8s155s12x")
 _MAX_TIME = 2**34 * 10**9  # ns; beyond any file system's last second

@@ -23,9 +23,7 @@ STOP = "echo ready; while :; do for p in /proc/[0-9]*; do n=${p#/proc/}; [ $n = 
 
 
 @pytest.mark.parametrize("how", ["exec", "shared pids"])
-def test_descriptors_taken_from_a_newcomer_are_of_no_use(
-    daemon: Daemon, busybox: str, hostile: Callable[[str], Path], how: str
-) -> None:
+def test_descriptors_taken_from_a_newcomer_are_of_no_use(daemon: Daemon, busybox: str, hostile: Callable[[str], Path], how: str) -> None:
     """A TCP socket with SO_LINGER that the supervisor had to close would stop it, and the node, for an hour."""
     pod = daemon.run_pod(shared_pid=how != "exec")
     robber = daemon.run(

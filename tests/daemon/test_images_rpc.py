@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +210,32 @@ def test_killed_at_any_moment_the_store_stays_whole(daemon: Daemon, registry: Do
 def unpack_helpers(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(c) for c in children if "unpack_worker" in title(int(c))]
+
+
+def test_parallel_removals_and_pulls(daemon: Daemon, registry: DockerRegistry) -> None:
+    """SCENARIOS 24 and 25: many RemoveImage at once, of one image and of several that share layers, while they are pulled."""
+    shared = Layer().file("shared", "x").finish()
+    refs = [registry.push(assemble([shared, Layer().file("own", str(n)).finish()]), f"churn-{n}") for n in range(4)]
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            try:
+                if number % 3:
+                    remove(daemon, refs[number % 4])
+                else:
+                    pull(daemon, refs[number % 4])
+            except grpc.RpcError as error:
+                assert error.code() == grpc.StatusCode.NOT_FOUND, error
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(work, range(12)))
+    for ref in refs:
+        made = pull(daemon, ref)
+        lowers = json.loads(status(daemon, ref, verbose=True).info["info"])["snapshots"]
+        assert [os.listdir(lower) for lower in lowers] == [["own"], ["shared"]], made
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(lambda n: remove(daemon, refs[n % 4]), range(24)))
+    store = daemon.root / "images"
+    wait_for(
+        "the layers to go", lambda: [p.name for p in (store / "snapshots").iterdir()] == ["empty"] and not [*(store / "trash").iterdir()]
+    )
