@@ -76,7 +76,7 @@ def test_base_runtime_spec(node: Node, registry: DockerRegistry, tmp_path: Path)
         for wrong, why in (({"linux": {"intelRdt": {"closID": "x"}}}, "linux.intelRdt"), ({"mounts": [{"destination": "x"}]}, "mounts[0]")):
             daemon.kill()
             file.write_text(json.dumps(wrong))
-            assert daemon.spawn().wait(20) == 1
+            assert daemon.spawn().wait(60) == 1
             assert why in daemon.tail() and "runtime.handlers.based.base_runtime_spec" in daemon.tail() and str(file) in daemon.tail()
             file.write_text("{}")
             daemon.start()
@@ -85,7 +85,7 @@ def test_base_runtime_spec(node: Node, registry: DockerRegistry, tmp_path: Path)
 def test_a_limit_above_the_kernels(node: Node) -> None:
     daemon = Daemon(node, extra='[runtime.handlers.""]\nrlimits = { RLIMIT_NOFILE = [1024, 9000000000] }\n')
     try:
-        assert daemon.spawn().wait(20) == 1
+        assert daemon.spawn().wait(60) == 1
         assert "RLIMIT_NOFILE" in daemon.tail() and "fs.nr_open" in daemon.tail()
     finally:
         daemon.close()
@@ -131,7 +131,7 @@ def test_blockio_classes(node: Node, registry: DockerRegistry, tmp_path: Path) -
         with pytest.raises(grpc.RpcError, match=r"blockio\.yaml: Classes\.slow\[0\]\.Weight"):
             daemon.create(pod, image, "true", annotations={"io.kubernetes.cri.blockio-class": "slow"})
         daemon.kill()
-        assert daemon.spawn().wait(20) == 1
+        assert daemon.spawn().wait(60) == 1
         assert "runtime.blockio_config_file" in daemon.tail()
         file.write_text("{}")
         daemon.start()
