@@ -78,7 +78,7 @@ def examine(config: Config) -> Iterator[Finding]:
     """Runs all checks; one that breaks is a finding too."""
     checks: tuple[Callable[[Config], Iterator[Finding]], ...] = (
         *(_kernel, _python, _capabilities, _cgroups, _overlay, _user_namespaces, _seccomp, _limits, _oom_score, _directories),
-        *(_network, _fuse, _security_modules),
+        *(_images, _network, _fuse, _security_modules),
     )
     for check in checks:
         try:
@@ -298,6 +298,13 @@ def _directories(config: Config) -> Iterator[Finding]:
             )
         else:
             raise
+
+
+def _images(config: Config) -> Iterator[Finding]:
+    from cri.images import checks
+
+    for line in checks.examine(config.images):
+        yield Finding(*line)
 
 
 def _network(config: Config) -> Iterator[Finding]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cri.images.importing import import_images
 from cri.images.store import Images
 from protos.people.v1 import people_pb2 as people
 from protos.people.v1 import people_pb2_grpc
@@ -20,5 +19,7 @@ class ArchiveService(people_pb2_grpc.ArchiveServiceServicer):
         self._images = images
 
     async def ImportImages(self, request: people.ImportImagesRequest, context: Context) -> people.ImportImagesResponse:
+        from cri.images.importing import import_images  # rarely used, and it takes decompressors along
+
         found = await import_images(self._images, request.path, request.name)
         return people.ImportImagesResponse(images=[people.ImportedImage(image_ref=i.id, names=names) for i, names in found])

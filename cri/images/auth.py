@@ -142,7 +142,7 @@ def token_of(body: bytes) -> tuple[str, float]:
     """The token in a token endpoint's answer and for how many seconds it holds (60 if it does not say)."""
     try:
         document = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise Failure("authenticate", "token", message="the token server's answer is not a JSON object")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import re
 import ssl
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from cri.errors import AccessDenied, CriError, ImageNotFound, RegistryUnavailable, Unknown
-from cri.images import auth, manifest
+from cri.images import answers, auth, manifest
 from cri.images.auth import Credentials
 from cri.images.hosts import Endpoint
 from cri.images.keyring import Keyring
@@ -38,7 +37,6 @@ _RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _BROKEN = 1  # stands for a status where the connection broke after it was made
 _TRIES = 3  # without progress, per endpoint
 _MAX_DELAY = 30.0  # seconds
-_USERINFO = re.compile(r"//[^/\s]*@")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-")
 
 T = TypeVar("T")
@@ -234,25 +232,25 @@ class Registry:
         except aiohttp.ClientConnectorCertificateError as error:
             raise EndpointError(Attempt(endpoint.base, f"certificate: {error.certificate_error}", tls=False)) from error
         except aiohttp.ClientSSLError as error:
-            raise EndpointError(Attempt(endpoint.base, f"tls: {_reason(error)}", tls=True)) from error
+            raise EndpointError(Attempt(endpoint.base, f"tls: {answers.reason(error)}", tls=True)) from error
         except ssl.SSLError as error:
-            raise EndpointError(Attempt(endpoint.base, f"tls: {_reason(error)}", tls=True)) from error
+            raise EndpointError(Attempt(endpoint.base, f"tls: {answers.reason(error)}", tls=True)) from error
         except aiohttp.ClientHttpProxyError as error:
             raise EndpointError(Attempt(endpoint.base, f"the proxy answers HTTP {error.status}")) from error
         except TimeoutError as error:
             why = f"no progress for {self._timeout:g} s" if not isinstance(error, aiohttp.ConnectionTimeoutError) else "connect: timed out"
             raise EndpointError(Attempt(endpoint.base, why)) from error
         except aiohttp.ClientConnectorError as error:
-            raise EndpointError(Attempt(endpoint.base, f"connect: {_reason(error)}")) from error
+            raise EndpointError(Attempt(endpoint.base, f"connect: {answers.reason(error)}")) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise EndpointError(Attempt(endpoint.base, f"connection: {_reason(error)}", _BROKEN)) from error
+            raise EndpointError(Attempt(endpoint.base, f"connection: {answers.reason(error)}", _BROKEN)) from error
 
     async def _authenticated(self, stack: AsyncExitStack, endpoint: Endpoint, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
         for retry in (False, True):
             sent = {**dict(endpoint.headers), **headers, **self._authorized(endpoint)}
             response = await self._follow(stack, endpoint, url, sent)
             # Where a redirect led may not ask for the registry's credentials, nor name a token server for them.
-            at_home = _origin(str(response.url)) == _origin(url)
+            at_home = answers.origin(str(response.url)) == answers.origin(url)
             if response.status == 401 and at_home and not retry and await self._answer_challenge(endpoint, response, sent):
                 response.release()
                 continue
@@ -347,7 +345,8 @@ class Registry:
                 body = await _read(response, auth.TOKEN_LIMIT, endpoint)
                 if response.status != 200:
                     host = urlsplit(request.url).netloc
-                    raise EndpointError(Attempt(endpoint.base, f"token server {host}: {_summary(response.status, body)}", response.status))
+                    why = f"token server {host}: {answers.summary(response.status, body)}"
+                    raise EndpointError(Attempt(endpoint.base, why, response.status))
             return auth.token_of(body)
         except Failure as error:
             raise EndpointError(Attempt(endpoint.base, str(error), 401)) from error
@@ -363,11 +362,6 @@ def _proxy(endpoint: Endpoint, url: str) -> str | None:
         return proxy_for(url, os.environ)
     except Failure as error:
         raise EndpointError(Attempt(endpoint.base, str(error))) from error
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def _range_start(response: aiohttp.ClientResponse, endpoint: Endpoint) -> int:
@@ -394,22 +388,5 @@ async def _refused(endpoint: Endpoint, response: aiohttp.ClientResponse) -> Endp
     body = await response.content.read(_ERROR_LIMIT)
     after = response.headers.get("Retry-After", "")
     return EndpointError(
-        Attempt(endpoint.base, _summary(response.status, body), response.status), float(after) if after.isdigit() else None
+        Attempt(endpoint.base, answers.summary(response.status, body), response.status), float(after) if after.isdigit() else None
     )
-
-
-def _summary(status: int, body: bytes) -> str:
-    """Status and the registry's own error codes; its free text is cut and stripped of control characters."""
-    try:
-        document = json.loads(body)
-        errors = [f"{e.get('code', '')}: {e.get('message', '')}" for e in document["errors"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        errors = []
-    text = "".join(c if c.isprintable() else " " for c in "; ".join(errors))[:200]
-    return f"HTTP {status} {text}".rstrip()
-
-
-def _reason(error: BaseException) -> str:
-    inner = getattr(error, "os_error", None) or error
-    text = getattr(inner, "strerror", None) or str(inner) or type(inner).__name__
-    return _USERINFO.sub("//", text)[:200]  # the client's errors quote a proxy's URL with its password

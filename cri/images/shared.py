@@ -46,7 +46,7 @@ class Shared:
     def load(self, snapshots: Snapshots) -> None:
         """Read them, and tell ``snapshots`` of their layers. Raises StartError for one that cannot be used."""
         for path in self._paths:
-            store = _Store(_check(path))
+            store = _Store(check(path))
             try:
                 for meta, directory in _layers(store.path / "snapshots"):
                     snapshots.adopt(meta, directory)
@@ -93,7 +93,7 @@ def intact(path: Path, digest: str) -> bool:
         return False
 
 
-def _check(path: str) -> Path:
+def check(path: str) -> Path:
     """The directory with the store: ``path`` itself, or ``images`` in it where it is a whole root. Nobody but root may write to it."""
     for candidate in (Path(path), Path(path, "images")):
         if (candidate / "records").is_dir() and (candidate / "snapshots").is_dir():

@@ -55,6 +55,13 @@ class Trust:
         except (BadPolicy, OSError) as error:
             raise StartError(f"images.signature_policy: {self._said(error)}") from error
 
+    def summary(self) -> str:
+        """For people."""
+        loaded = self._checked()
+        if loaded is None:
+            return "no policy"
+        return f"{len(loaded.policy.scopes)} scopes of registries, {len(loaded.keys)} keys"
+
     def wants_signatures(self, wanted: Reference) -> bool:
         loaded = self._checked()
         return loaded is not None and any(isinstance(r, Sigstore) for r in loaded.policy.match(wanted)[1])

@@ -71,7 +71,7 @@ def test_realms_refused(realm: str) -> None:
 def test_tokens() -> None:
     assert auth.token_of(b'{"token":"t","expires_in":300}') == ("t", 300.0)
     assert auth.token_of(b'{"access_token":"t"}') == ("t", 60.0)
-    for bad in (b"", b"[]", b"{}", b'{"token":"a\\r\\nb"}', b'{"token":7}'):
+    for bad in (b"", b"[]", b"{}", b'{"token":"a\\r\\nb"}', b'{"token":7}', b"[" * 60_000):
         with pytest.raises(Failure):
             auth.token_of(bad)
 
