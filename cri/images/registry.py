@@ -311,6 +311,7 @@ class Registry:
                 if challenge.scheme == "bearer":
                     value, lifetime = await self._token(endpoint, challenge, offered)
                     self._authorization[endpoint] = (f"Bearer {value}", time.monotonic() + lifetime * 0.9)
+                    self._secrets.append(Credentials(registry_token=value))
                     return True
                 if challenge.scheme == "basic" and (offered.username or offered.password):
                     if sent.get("Authorization") == offered.basic():

@@ -177,6 +177,34 @@ async def test_a_token_that_expires_in_the_middle(store: Images) -> None:
         assert 3 <= issued <= 8
 
 
+async def test_a_registry_that_quotes_what_it_was_sent(store: Images, tmp_path: Path) -> None:
+    """SCENARIOS 57: errors end up in pods' events."""
+    secrets = Credentials("echo-user", "echo-pass")
+
+    def echo(handler: Any, path: str) -> bool:
+        sent = handler.headers.get("Authorization", "")
+        if path.startswith("/token"):
+            handler.reply(200, json.dumps({"token": "issued-token-value"}).encode())
+        elif "/manifests/basic" in path and not sent:
+            handler.reply(401, WWW_Authenticate='Basic realm="x"')
+        elif not sent:
+            handler.reply(401, WWW_Authenticate=f'Bearer realm="http://{handler.headers["Host"]}/token"')
+        else:
+            plain = base64.b64decode(sent.partition(" ")[2] + "==", altchars=b"-_").decode(errors="replace")
+            handler.reply(400, json.dumps({"errors": [{"code": "BAD", "message": f"{sent} {plain}"}]}).encode())
+        return True
+
+    with Fake(hook=echo) as fake:
+        auth_file(tmp_path, **{fake.host: secrets})
+        for tag in ("basic", "bearer"):
+            for given in (secrets, Credentials()):
+                with pytest.raises(CriError, match="HTTP 400 BAD") as caught:
+                    await store.pull(f"{fake.host}/r:{tag}", given)
+                text = str(caught.value)
+                assert "[redacted]" in text and "echo-pass" not in text and "issued-token-value" not in text
+                assert base64.b64encode(b"echo-user:echo-pass").decode() not in text
+
+
 # -- proxies ----------------------------------------------------------------------------------------------------------------
 
 
