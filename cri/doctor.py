@@ -78,7 +78,7 @@ def examine(config: Config) -> Iterator[Finding]:
     """Runs all checks; one that breaks is a finding too."""
     checks: tuple[Callable[[Config], Iterator[Finding]], ...] = (
         *(_kernel, _python, _capabilities, _cgroups, _overlay, _user_namespaces, _seccomp, _limits, _oom_score, _directories),
-        *(_images, _network, _fuse, _security_modules),
+        *(_images, _network, _fuse, _security_modules, _cdi),
     )
     for check in checks:
         try:
@@ -391,3 +391,15 @@ def _read(path: str) -> str:
         return Path(path).read_text().strip()
     except OSError:
         return ""
+
+
+def _cdi(config: Config) -> Iterator[Finding]:
+    if not config.runtime.enable_cdi:
+        return
+    from cri.cdi.registry import Registry
+
+    devices, problems = Registry(config.runtime.cdi_spec_dirs).survey()
+    for problem in problems:
+        yield Finding("cdi", "note", problem, "devices of this file cannot be used until it is mended")
+    if devices:
+        yield Finding("cdi", "ok", f"{len(devices)} devices: {', '.join(devices[:8])}{', …' if len(devices) > 8 else ''}")

@@ -93,6 +93,12 @@ class Registry:
             raise FailedPrecondition(text)
         return tuple(edits for edits in found if edits != Edits())
 
+    def survey(self) -> tuple[list[str], list[str]]:
+        """(devices that can be had, what is wrong), for people."""
+        table, problems = self._load()
+        fine = sorted(name for name, entry in table.items() if not entry.conflict)
+        return fine, problems + [f"{n}: described by both {e.path} and {e.conflict}" for n, e in sorted(table.items()) if e.conflict]
+
     def _load(self) -> tuple[dict[str, _Entry], list[str]]:
         table: dict[str, _Entry] = {}
         broken: list[str] = []

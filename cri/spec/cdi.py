@@ -60,7 +60,7 @@ def _devices(spec: oci.Spec, nodes: Iterable[DeviceNode], host: HostFacts) -> oc
     resources = spec.linux.resources or oci.Resources()
     rules = list(resources.devices)
     for node in nodes:
-        device = _device(node, spec.process.user, host)
+        device = _mapped(_device(node, spec.process.user, host), spec.linux)
         devices[device.path] = device
         # An empty set of permissions is no rule: an empty access in one means all three.
         if device.type in ("b", "c") and node.permissions != NO_PERMISSIONS:
@@ -83,6 +83,17 @@ def _device(node: DeviceNode, user: oci.User, host: HostFacts) -> oci.Device:
     uid = node.uid if node.uid is not None else user.uid or None
     gid = node.gid if node.gid is not None else user.gid or None
     return oci.Device(path, kind, major, minor, mode, uid, gid)
+
+
+def _mapped(device: oci.Device, linux: oci.Linux) -> oci.Device:
+    """CDI's owners are ids inside; /dev of a container in a user namespace is made outside, with the ids that they are there."""
+
+    def outside(mappings: tuple[oci.IDMapping, ...], number: int | None) -> int | None:
+        if number is None or not mappings:
+            return number
+        return next((m.host_id + number - m.container_id for m in mappings if m.container_id <= number < m.container_id + m.size), number)
+
+    return replace(device, uid=outside(linux.uid_mappings, device.uid), gid=outside(linux.gid_mappings, device.gid))
 
 
 def _on_host(source: str, host: HostFacts) -> oci.Device:

@@ -140,10 +140,14 @@ def test_hooks_see_nothing_of_the_container(
             script += f"echo hooked > {bundle}/rootfs/etc/hooked; "
         script += f"mv {tmp_path}/{name}.part {tmp_path}/{name}"
         hooks.append({"hookName": name, "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/usr/bin:/bin", "HOOK=yes"]})
-    write(specs[0] / "hooks.json", {"h": {"hooks": hooks}}, kind="vendor.com/hook")
+    inside = {"hookName": "startContainer", "path": "/bin/sh", "args": ["sh", "-c", "{ pwd; env; } > /from-start"], "env": ["HOOK=yes"]}
+    write(specs[0] / "hooks.json", {"h": {"hooks": [*hooks, inside]}}, kind="vendor.com/hook")
     devices = [v1.CDIDevice(name="vendor.com/hook=h")]
     container = daemon.run(pod, reference, "sh", "-c", "cat /etc/hooked; env; sleep 60", CDI_devices=devices)
     assert "hooked" in wait_for("output", lambda: daemon.log_text(container))
+    seen_inside = daemon.exec(container, "cat", "/from-start").stdout.decode()
+    assert seen_inside.startswith("/\n") and "HOOK=yes" in seen_inside
+    assert "LD_PRELOAD" not in seen_inside and "SECRET" not in seen_inside
     daemon.runtime.RemoveContainer(v1.RemoveContainerRequest(container_id=container), timeout=20)
     for name in ("createRuntime", "createContainer", "poststart", "poststop"):
         cwd, *variables = wait_for(name, (tmp_path / name).exists) and (tmp_path / name).read_text().split("\n")

@@ -103,3 +103,12 @@ def test_requested() -> None:
         registry.requested(["v/c=3", "x"], {})
     with pytest.raises(InvalidArgument, match=r"^config\.annotations\['cdi\.k8s\.io/a'\]: "):
         registry.requested([], {"cdi.k8s.io/a": "v/c=1, v/c=2"})
+
+
+def test_survey(both: Registry, tmp_path: Path) -> None:
+    write(tmp_path / "etc/a.json", one="a", two="a")
+    write(tmp_path / "etc/b.json", one="b")
+    (tmp_path / "etc/c.json").write_text("{")
+    devices, problems = both.survey()
+    assert devices == ["v/c=two"]
+    assert [problem.rpartition("/")[2] for problem in problems] == ["c.json: not JSON: " + problems[0].partition("JSON: ")[2], "a.json"]

@@ -119,6 +119,15 @@ def test_mounts_in_a_user_namespace_are_mapped(build: Build) -> None:
     assert mount.options == ("rbind", "idmap")
 
 
+def test_owners_in_a_user_namespace_are_ids_inside(build: Build) -> None:
+    ids = [v1.IDMapping(host_id=100000, container_id=0, length=65536)]
+    options = v1.NamespaceOption(userns_options=v1.UserNamespace(mode=v1.POD, uids=ids, gids=ids))
+    nodes: list[dict[str, Any]] = [{"path": "/dev/gpu", "uid": 5, "gid": 0}]
+    nodes += [{"path": "/dev/g2", "hostPath": "/dev/gpu"}, {"path": "/dev/g3", "hostPath": "/dev/gpu", "uid": 99999}]
+    spec = edited(build, {"deviceNodes": nodes}, pod_context={"namespace_options": options})
+    assert [(d.uid, d.gid) for d in spec.linux.devices] == [(100005, 100000), (None, None), (99999, None)]
+
+
 def test_hooks_and_groups(build: Build) -> None:
     names = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
     hooks = [{"hookName": name, "path": f"/{name}", "args": ["x", name], "env": ["A=1"], "timeout": 5} for name in names]
