@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from cri import startup
+from cri import apparmor, startup
 from cri.api import server
 from cri.api.archive import ArchiveService
 from cri.api.image import ImageService
@@ -117,6 +117,9 @@ async def _parts(config: Config, driver: Driver, link: client.Link) -> AsyncIter
         if no_users:
             log.info("pods cannot have user namespaces: %s", no_users)
         facts = replace(_host(driver), no_user_namespaces=no_users)
+        if facts.apparmor and (reason := apparmor.load()):
+            log.warning("AppArmor is enabled, but containers do not get a default profile: %s", reason)
+            facts = replace(facts, no_apparmor_default=reason)
         meters = Meters(cgroups.detect(), Layers(images.usage, str(images.root)))
         stack.callback(meters.close)
         pods.watchers += events.changed, meters.changed

@@ -75,7 +75,7 @@ def _process(inputs: ContainerInputs, capabilities: oci.Capabilities) -> oci.Pro
         no_new_privileges=context.no_new_privs,
         oom_score_adj=adjust,
         exec_cpu_affinity=resources.exec_affinity(config.linux.resources, inputs.handler.exec_cpu_affinity),
-        apparmor_profile="" if context.privileged else security.apparmor(context, inputs.host),
+        apparmor_profile=security.apparmor(context, inputs.host),
     )
 
 

@@ -36,6 +36,7 @@ def detect(*, cgroup_version: int, cgroup_driver: str, controllers: frozenset[st
         hugepage_sizes=hugepage_sizes(),
         seccomp=os.path.exists("/proc/sys/kernel/seccomp/actions_avail"),
         apparmor=_first_byte("/sys/module/apparmor/parameters/enabled") == b"Y",
+        apparmor_loaded=apparmor_loaded,
         selinux=os.path.exists("/sys/fs/selinux/enforce"),
         recursive_read_only=True,  # mount_setattr: 5.12, below the floor
         resctrl=os.path.exists("/sys/fs/resctrl/schemata"),
@@ -61,6 +62,12 @@ def hugepage_sizes(directory: str = "/sys/kernel/mm/hugepages") -> frozenset[str
                 size, unit = size // 1024, unit + 1
             found.add(f"{size}{('KB', 'MB', 'GB')[unit]}")
     return frozenset(found)
+
+
+def apparmor_loaded(name: str) -> bool:
+    """Whether the kernel has a profile of that name. Raises OSError where securityfs is not mounted."""
+    with open("/sys/kernel/security/apparmor/profiles", encoding="utf-8", errors="replace") as file:
+        return any(line.rpartition(" (")[0] == name for line in file)
 
 
 def read_file(path: str) -> bytes:

@@ -20,6 +20,10 @@ def _no_devices(path: str) -> tuple[oci.Device, ...]:
     raise FileNotFoundError(2, "no such device", path)
 
 
+def _not_loaded(name: str) -> bool:
+    return False
+
+
 def _private(path: str) -> str:
     return "private"
 
@@ -42,6 +46,7 @@ class HostFacts:
     hugepage_sizes: frozenset[str] = frozenset()  # as CRI has them ("2MB"); empty: unknown
     seccomp: bool = True
     apparmor: bool = False
+    no_apparmor_default: str = ""  # why the default profile cannot be used; empty: it is loaded
     selinux: bool = False
     recursive_read_only: bool = True  # mount_setattr(AT_RECURSIVE)
     resctrl: bool = False  # Intel RDT's file system is mounted
@@ -49,6 +54,7 @@ class HostFacts:
     no_user_namespaces: str = ""  # why pods cannot have one; empty: they can
     read: Callable[[str], bytes] = _no_file  # a regular file of bounded size
     devices: Callable[[str], tuple[oci.Device, ...]] = _no_devices  # the device at a path, or those below a directory
+    apparmor_loaded: Callable[[str], bool] = _not_loaded  # whether the kernel has a profile of that name
     propagation: Callable[[str], str] = _private  # of the mount a path is on: "shared", "slave" or "private"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cri.errors import InvalidArgument, Unimplemented
+from cri.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from cri.spec import seccomp as profiles
 from cri.spec import strings
 from cri.spec.inputs import HandlerConfig, HostFacts
@@ -45,6 +45,7 @@ MASKED_PATHS = (
     "/sys/firmware",
 )
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+APPARMOR_DEFAULT = "cri-shim-default"  # loaded at the start: ``cri.apparmor``
 RUNTIME_DEFAULT = oci.Seccomp("RuntimeDefault")  # expanded by the core, which knows libseccomp
 
 _ALL = "CAP_ALL"
@@ -160,20 +161,43 @@ def _localhost(ref: str, field: str, caps: oci.Capabilities, host: HostFacts) ->
 
 
 def apparmor(context: v1.LinuxContainerSecurityContext, host: HostFacts) -> str:
-    """Name of the profile to change to at exec, empty for none."""
+    """Name of the profile to change to at exec, empty for none. As with containerd a request that says nothing gets the default profile
+    where the kernel has AppArmor, and a privileged container only what it names."""
+    explicit, field = True, f"{_CONTEXT}.apparmor"
     if context.HasField("apparmor"):
-        profile, field = context.apparmor, f"{_CONTEXT}.apparmor"
+        profile = context.apparmor
     elif context.apparmor_profile:
-        profile, field = _from_path(context.apparmor_profile, f"{_CONTEXT}.apparmor_profile"), f"{_CONTEXT}.apparmor_profile"
+        field = f"{_CONTEXT}.apparmor_profile"
+        profile = _from_path(context.apparmor_profile, field)
     else:
+        explicit, profile = False, v1.SecurityProfile(profile_type=v1.SecurityProfile.RuntimeDefault)
+    kind = profile.profile_type
+    if kind not in v1.SecurityProfile.ProfileType.values():
+        raise InvalidArgument(f"unknown profile type {kind}", field=field)
+    if kind != v1.SecurityProfile.Localhost and profile.localhost_ref:
+        raise InvalidArgument("set, but the profile type is not Localhost", field=f"{field}.localhost_ref")
+    if kind == v1.SecurityProfile.Localhost:
+        return _loaded_profile(profile.localhost_ref.removeprefix("localhost/"), f"{field}.localhost_ref", host)
+    if kind == v1.SecurityProfile.Unconfined or context.privileged or not host.apparmor:
         return ""
-    if profile.profile_type != v1.SecurityProfile.Localhost:
-        if profile.localhost_ref:
-            raise InvalidArgument("set, but the profile type is not Localhost", field=f"{field}.localhost_ref")
+    if host.no_apparmor_default:
+        if explicit:
+            raise FailedPrecondition(f"{field}: the default profile is not loaded: {host.no_apparmor_default}")
         return ""
+    return APPARMOR_DEFAULT
+
+
+def _loaded_profile(name: str, field: str, host: HostFacts) -> str:
     if not host.apparmor:
         raise InvalidArgument("AppArmor is not enabled on this host", field=field)
-    return strings.word(profile.localhost_ref.removeprefix("localhost/"), f"{field}.localhost_ref")
+    strings.word(name, field)
+    try:
+        known = host.apparmor_loaded(name)
+    except OSError as e:
+        raise FailedPrecondition(f"{field}: loaded profiles cannot be read: {e}", hint="mount securityfs on /sys/kernel/security") from None
+    if not known:
+        raise InvalidArgument(f"the profile {name!r:.120} is not loaded", field=field, hint="apparmor_parser -r loads it")
+    return name
 
 
 def refuse_selinux(options: v1.SELinuxOption, host: HostFacts) -> None:

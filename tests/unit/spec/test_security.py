@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cri.errors import InvalidArgument, Unimplemented
+from cri.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from cri.spec import security
 from cri.spec.inputs import HandlerConfig, HostFacts
 from protos.runtime.v1 import api_pb2 as v1
@@ -130,25 +130,33 @@ def test_missing_profile_and_missing_kernel_support() -> None:
     assert seccomp(host=HostFacts(seccomp=False), seccomp=P(profile_type=P.Unconfined)) is None
 
 
-def apparmor(enabled: bool, **context: Any) -> str:
-    return security.apparmor(v1.LinuxContainerSecurityContext(**context), HostFacts(apparmor=enabled))
+def apparmor(enabled: bool, no_default: str = "", **context: Any) -> str:
+    host = HostFacts(apparmor=enabled, no_apparmor_default=no_default, apparmor_loaded=lambda name: name == "mine")
+    return security.apparmor(v1.LinuxContainerSecurityContext(**context), host)
 
 
 def test_apparmor() -> None:
-    for enabled in (True, False):
-        assert apparmor(enabled) == ""
-        assert apparmor(enabled, apparmor=P(profile_type=P.RuntimeDefault)) == ""
-        assert apparmor(enabled, apparmor_profile="runtime/default") == ""
+    for enabled, default in ((True, security.APPARMOR_DEFAULT), (False, "")):
+        assert apparmor(enabled) == default, "whoever says nothing gets the default, as with containerd"
+        assert apparmor(enabled, apparmor=P(profile_type=P.RuntimeDefault)) == default
+        assert apparmor(enabled, apparmor_profile="runtime/default") == default
         assert apparmor(enabled, apparmor=P(profile_type=P.Unconfined)) == ""
-    assert apparmor(True, apparmor=P(profile_type=P.Localhost, localhost_ref="localhost/mine")) == "mine"
+        assert apparmor(enabled, privileged=True) == ""
+    for more in ({}, {"privileged": True}):
+        assert apparmor(True, apparmor=P(profile_type=P.Localhost, localhost_ref="localhost/mine"), **more) == "mine"
     assert apparmor(True, apparmor_profile="localhost/mine") == "mine"
+    assert apparmor(True, no_default="no parser") == ""
+    with pytest.raises(FailedPrecondition, match="apparmor: the default profile is not loaded: no parser"):
+        apparmor(True, no_default="no parser", apparmor=P(profile_type=P.RuntimeDefault))
 
 
 @pytest.mark.parametrize(
     ("enabled", "context", "field"),
     [
-        (False, {"apparmor": P(profile_type=P.Localhost, localhost_ref="x")}, "apparmor"),
-        (False, {"apparmor_profile": "localhost/x"}, "apparmor_profile"),
+        (False, {"apparmor": P(profile_type=P.Localhost, localhost_ref="x")}, "apparmor.localhost_ref"),
+        (False, {"apparmor_profile": "localhost/x"}, "apparmor_profile.localhost_ref"),
+        (True, {"apparmor": P(profile_type=P.Localhost, localhost_ref="other")}, "apparmor.localhost_ref"),
+        (True, {"apparmor": P(profile_type=7)}, "apparmor"),
         (True, {"apparmor": P(profile_type=P.Localhost)}, "apparmor.localhost_ref"),
         (True, {"apparmor": P(profile_type=P.Localhost, localhost_ref="a\nb")}, "apparmor.localhost_ref"),
         (True, {"apparmor": P(profile_type=P.Unconfined, localhost_ref="a")}, "apparmor.localhost_ref"),
