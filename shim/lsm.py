@@ -7,6 +7,7 @@ them. They go through a procfs that is mounted nowhere (CVE-2019-16884: a volume
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from shim.errors import Failure
@@ -21,6 +22,11 @@ class Write(NamedTuple):
     content: bytes
 
 
+def before_keyring(process: Process) -> tuple[Write, ...]:
+    """What has to be told before a session keyring is joined: a new one gets this label. execve forgets it."""
+    return (Write("selinux", "attr/keycreate", os.fsencode(process.selinux_label)),) if process.selinux_label else ()
+
+
 def on_exec(process: Process) -> tuple[Write, ...]:
     """What takes effect with the next execve."""
     writes = []
@@ -31,9 +37,9 @@ def on_exec(process: Process) -> tuple[Write, ...]:
     return tuple(writes)
 
 
-def apply(proc: int, process: Process) -> None:
-    """Make the writes of ``on_exec`` for this process; ``proc`` is a directory fd of procfs. Raises Failure."""
-    for write in on_exec(process):
+def apply(proc: int, writes: Iterable[Write]) -> None:
+    """Make them for this process; ``proc`` is a directory fd of procfs. Raises Failure."""
+    for write in writes:
         try:
             fd = os.open(f"self/{write.file}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
             try:

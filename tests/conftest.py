@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.registry import DockerRegistry
 
 NEEDS_ROOT = ("kernel", "daemon", "attacks", "faults", "conformance")
+APPARMOR, SELINUX = Path("/sys/kernel/security/apparmor"), Path("/sys/fs/selinux/enforce")
 TESTS = Path(__file__).resolve().parent
 
 
@@ -31,6 +32,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs root"))
         if item.get_closest_marker("systemd") and not systemd_running():
             item.add_marker(pytest.mark.skip(reason="systemd is not PID 1 here (hack/vm --systemd runs it)"))
+        if item.get_closest_marker("apparmor") and not APPARMOR.exists():
+            item.add_marker(pytest.mark.skip(reason="no AppArmor in this kernel (hack/vm --kernel 'apparmor=1 security=apparmor')"))
+        if item.get_closest_marker("selinux") and not SELINUX.exists():
+            item.add_marker(pytest.mark.skip(reason="no SELinux in this kernel (hack/vm --kernel 'selinux=1 security=selinux')"))
         if item.get_closest_marker("registry") and not shutil.which("docker-registry"):
             item.add_marker(pytest.mark.skip(reason="Debian's docker-registry is not installed"))
 

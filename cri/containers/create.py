@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from cri import relabel
 from cri.cdi.model import Edits
 from cri.containers import cdi, hostpaths, image_volumes, logs
 from cri.containers.model import Container, Containers, container_name
@@ -120,6 +121,11 @@ class _Maker:
         facts.cgroups_path = spec.linux.cgroups_path
         await cdi.move_interfaces(edits, pod, self.supervisor)
         undo.push("remove bundle", partial(remove_directory, directory))
+        if label := spec.linux.mount_label:
+            await relabel.volumes(config.mounts, label)
+            for volume in volumes.values():
+                await relabel.directory(volume, label)
+            recipe = replace(recipe, options=(*recipe.options, f"context={label}"))
         bundle.write(directory, spec, recipe, stdin=config.stdin, tty=config.tty)
 
         operation.enter("process")
@@ -212,6 +218,7 @@ class _Maker:
                 ),
                 image=image.config,
                 volumes=volumes,
+                selinux_level=self.pod.facts.selinux_level,
                 image_mounts=image_mounts,
                 cdi=edits,
                 block_io=self.node.blockio.of(self.config, self.pod.config),

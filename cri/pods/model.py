@@ -104,6 +104,7 @@ class Pods:
         self.lists: ListCache[v1.ListPodSandboxResponse] = ListCache()
         self.store: Store[Pod] = Store("sandbox")
         self.operations = Operations("run sandbox")
+        self.levels: set[str] = set()  # SELinux levels of RunPodSandbox calls in flight
         self.records = records.Records(layout.pod_records, PodFacts, v1.PodSandboxConfig)
         self.watchers: list[Callable[[Pod, v1.ContainerEventType], None]] = []  # called when something has happened
 

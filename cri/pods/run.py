@@ -6,14 +6,16 @@ import asyncio
 import os
 import secrets
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from cri import relabel
 from cri.errors import AlreadyExists, InvalidArgument
 from cri.network.base import Network
 from cri.node import Node
 from cri.pods.model import Pod, Pods, now, pod_name
-from cri.spec import files, sandbox
+from cri.spec import files, sandbox, selinux
 from cri.spec.inputs import HostFacts
 from cri.state import records, trees
 from cri.state.layout import Layout
@@ -64,6 +66,17 @@ async def _make(
     pod = Pod(facts, config, records.config_json(config))
     if not pod.host_network:
         facts.netns_path = str(layout.netns(pod_id))
+    facts.selinux_level = _reserve_level(pod, pods, node.host)
+    try:
+        await _build(operation, pod, pods=pods, supervisor=supervisor, network=network, node=node)
+    finally:
+        pods.levels.discard(facts.selinux_level)
+    operation.enter("answer")
+    return pod_id
+
+
+async def _build(operation: Operation, pod: Pod, *, pods: Pods, supervisor: Supervisor, network: Network, node: Node) -> None:
+    layout, facts, config, pod_id = pods.layout, pod.facts, pod.config, pod.id
     async with Undo(f"run sandbox {config.metadata.namespace}/{config.metadata.name}") as undo:
         operation.enter("state directory")
         directory = layout.pod(pod_id)
@@ -95,8 +108,25 @@ async def _make(
         facts.created_at = now()
         facts.stages = operation.took
         pods.commit(pod)
-    operation.enter("answer")
-    return pod_id
+
+
+def _reserve_level(pod: Pod, pods: Pods, host: HostFacts) -> str:
+    """The SELinux level that the request names, else one that no other pod has; empty where there are no labels."""
+    options = pod.config.linux.security_context.selinux_options
+    selinux.check(options, "config.linux.security_context.selinux_options")
+    if host.selinux_contexts is None:
+        return ""
+    level = options.level or selinux.pick_level(host.selinux_contexts, {*pods.levels, *(p.facts.selinux_level for p in pods.store)})
+    pods.levels.add(level)
+    return level
+
+
+def file_label(pod: Pod, host: HostFacts) -> str:
+    """SELinux label of what is made for the pod's containers; empty for none."""
+    if host.selinux_contexts is None:
+        return ""
+    options, field = pod.config.linux.security_context.selinux_options, "config.linux.security_context.selinux_options"
+    return selinux.labels(options, pod.facts.selinux_level, host.selinux_contexts, privileged=False, field=field).mount
 
 
 def write_directory(layout: Layout, pod: Pod, node: Node) -> None:
@@ -108,12 +138,13 @@ def write_directory(layout: Layout, pod: Pod, node: Node) -> None:
         if pod.facts.netns_path:  # torn, it still does: its network is then released by the id alone
             _write(fd, INTENT, records.encode(pod.facts, pod.config_json), 0o600)
         for name, data in files.render(pod.config, node.host).items():
-            _write(fd, name, data)
+            _write(fd, name, data, label=file_label(pod, node.host))
     finally:
         os.close(fd)
     userns = str(layout.userns(pod.id))
     handler = node.handlers[pod.facts.runtime_handler]
     made = sandbox.build(pod.id, pod.config, netns_path=pod.facts.netns_path, userns_path=userns, host=node.host, handler=handler)
+    made = replace(made, mount_label=file_label(pod, node.host))
     bundle.write_sandbox(directory, made)
 
 
@@ -121,16 +152,19 @@ def _write_hosts(directory: Path, pod: Pod, host: HostFacts) -> None:
     """/etc/hosts again, now that the pod has addresses."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        _write(fd, files.HOSTS, files.hosts(pod.config, host, files.pod_hostname(pod.config, host), pod.facts.ips))
+        content = files.hosts(pod.config, host, files.pod_hostname(pod.config, host), pod.facts.ips)
+        _write(fd, files.HOSTS, content, label=file_label(pod, host))
     finally:
         os.close(fd)
 
 
-def _write(dirfd: int, name: str, data: bytes, mode: int = 0o644) -> None:
+def _write(dirfd: int, name: str, data: bytes, mode: int = 0o644, label: str = "") -> None:
     # 0644 whatever the umask: it becomes a file in containers whose user is not root.
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode, dir_fd=dirfd)
     try:
         os.fchmod(fd, mode)
+        if label:
+            relabel.file(fd, label)
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]

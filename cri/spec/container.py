@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cri.errors import InvalidArgument
-from cri.spec import base, cdi, cgroups, devices, files, mounts, namespaces, process, resources, seccomp, security, strings
+from cri.spec import base, cdi, cgroups, devices, files, mounts, namespaces, process, resources, seccomp, security, selinux, strings
 from cri.spec.inputs import ContainerInputs
 from protos.runtime.v1 import api_pb2 as v1
 from shim.oci import spec as oci
@@ -21,10 +21,11 @@ def build(inputs: ContainerInputs) -> oci.Spec:
     nodes, rules = devices.build(config, inputs.host, inputs.handler)
     mounted = mounts.build(inputs)
     users = namespaces.user_mappings(pod_options)
+    labels = _labels(inputs)
     spec = oci.Spec(
         oci_version=OCI_VERSION,
         root=oci.Root("rootfs", readonly=context.readonly_rootfs),
-        process=_process(inputs, capabilities),
+        process=_process(inputs, capabilities, labels.process),
         mounts=mounted.mounts,
         hooks=inputs.handler.hooks,
         annotations=cri_annotations(inputs),
@@ -47,6 +48,7 @@ def build(inputs: ContainerInputs) -> oci.Spec:
             ),
             masked_paths=security.masked_paths(config.linux),
             readonly_paths=security.readonly_paths(config.linux),
+            mount_label=labels.mount,
         ),
     )
     if inputs.handler.base is not None:
@@ -60,9 +62,20 @@ def _check(config: v1.ContainerConfig, pod: v1.PodSandboxConfig) -> None:
         raise InvalidArgument("set, but the sandbox is not privileged", field="config.linux.security_context.privileged")
 
 
-def _process(inputs: ContainerInputs, capabilities: oci.Capabilities) -> oci.Process:
+def _labels(inputs: ContainerInputs) -> selinux.Labels:
+    """What the container's options leave open is the pod's."""
+    context, field = inputs.config.linux.security_context, "config.linux.security_context.selinux_options"
+    selinux.check(context.selinux_options, field)
+    if not inputs.host.selinux:
+        return selinux.Labels("", "")
+    options = v1.SELinuxOption()
+    options.CopyFrom(inputs.pod.linux.security_context.selinux_options)
+    options.MergeFrom(context.selinux_options)
+    return selinux.labels(options, inputs.selinux_level, inputs.host.selinux_contexts, privileged=context.privileged, field=field)
+
+
+def _process(inputs: ContainerInputs, capabilities: oci.Capabilities, label: str) -> oci.Process:
     config, context = inputs.config, inputs.config.linux.security_context
-    security.refuse_selinux(context.selinux_options, inputs.host)
     adjust = resources.oom_score_adj(config.linux.resources) if config.linux.HasField("resources") else None
     return oci.Process(
         args=process.args(config, inputs.image),
@@ -76,6 +89,7 @@ def _process(inputs: ContainerInputs, capabilities: oci.Capabilities) -> oci.Pro
         oom_score_adj=adjust,
         exec_cpu_affinity=resources.exec_affinity(config.linux.resources, inputs.handler.exec_cpu_affinity),
         apparmor_profile=security.apparmor(context, inputs.host),
+        selinux_label=label,
     )
 
 

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 
 from cri.spec.inputs import HostFacts
+from cri.spec.selinux import Contexts, parse_contexts
 from shim.errors import Failure
 from shim.linux import caps
 from shim.oci import spec as oci
@@ -38,6 +39,7 @@ def detect(*, cgroup_version: int, cgroup_driver: str, controllers: frozenset[st
         apparmor=_first_byte("/sys/module/apparmor/parameters/enabled") == b"Y",
         apparmor_loaded=apparmor_loaded,
         selinux=os.path.exists("/sys/fs/selinux/enforce"),
+        selinux_contexts=selinux_contexts() if os.path.exists("/sys/fs/selinux/enforce") else None,
         recursive_read_only=True,  # mount_setattr: 5.12, below the floor
         resctrl=os.path.exists("/sys/fs/resctrl/schemata"),
         ipv6=os.path.exists("/proc/sys/net/ipv6/conf/default/accept_ra"),
@@ -68,6 +70,18 @@ def apparmor_loaded(name: str) -> bool:
     """Whether the kernel has a profile of that name. Raises OSError where securityfs is not mounted."""
     with open("/sys/kernel/security/apparmor/profiles", encoding="utf-8", errors="replace") as file:
         return any(line.rpartition(" (")[0] == name for line in file)
+
+
+def selinux_contexts(directory: str = "/etc/selinux") -> Contexts | None:
+    """What the policy that ``config`` names says of containers."""
+    try:
+        settings = read_file(f"{directory}/config").decode(errors="replace")
+        kind = re.search(r"^SELINUXTYPE=[ \t]*([A-Za-z0-9_.-]+)", settings, re.MULTILINE)
+        if kind is None:
+            return None
+        return parse_contexts(read_file(f"{directory}/{kind[1]}/contexts/lxc_contexts").decode(errors="replace"))
+    except FileNotFoundError:
+        return None
 
 
 def read_file(path: str) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from cri.cdi.model import Edits
 from cri.images.model import ImageConfig
+from cri.spec.selinux import Contexts
 from protos.runtime.v1 import api_pb2 as v1
 from shim.linux.caps import NAMES
 from shim.oci import spec as oci
@@ -48,6 +49,7 @@ class HostFacts:
     apparmor: bool = False
     no_apparmor_default: str = ""  # why the default profile cannot be used; empty: it is loaded
     selinux: bool = False
+    selinux_contexts: Contexts | None = None  # None: off, or a policy that knows no containers
     recursive_read_only: bool = True  # mount_setattr(AT_RECURSIVE)
     resctrl: bool = False  # Intel RDT's file system is mounted
     ipv6: bool = False  # network namespaces have it, even where it is disabled on the interfaces
@@ -96,6 +98,7 @@ class ContainerInputs:
     image: ImageConfig
     host: HostFacts
     handler: HandlerConfig = field(default_factory=HandlerConfig)
+    selinux_level: str = ""  # of the pod
     image_name: str = ""  # for the annotation; else what the request says
     volumes: Mapping[str, str] = field(default_factory=dict)  # VOLUME of the image to a directory of ours
     image_mounts: Mapping[str, str] = field(default_factory=dict)  # destination of an image volume to the image's id

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cri.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from cri.errors import FailedPrecondition, InvalidArgument
 from cri.spec import seccomp as profiles
-from cri.spec import strings
+from cri.spec import selinux, strings
 from cri.spec.inputs import HandlerConfig, HostFacts
 from cri.spec.process import MAX_ID
 from protos.runtime.v1 import api_pb2 as v1
@@ -74,6 +74,7 @@ def check_sandbox(context: v1.LinuxSandboxSecurityContext) -> None:
             raise InvalidArgument("goes with the profile type Localhost", field=f"{field}.{name}.localhost_ref")
     if context.seccomp_profile_path:
         _from_path(context.seccomp_profile_path, f"{field}.seccomp_profile_path")
+    selinux.check(context.selinux_options, f"{field}.selinux_options")
 
 
 def capabilities(context: v1.LinuxContainerSecurityContext, host: HostFacts) -> oci.Capabilities:
@@ -198,14 +199,6 @@ def _loaded_profile(name: str, field: str, host: HostFacts) -> str:
     if not known:
         raise InvalidArgument(f"the profile {name!r:.120} is not loaded", field=field, hint="apparmor_parser -r loads it")
     return name
-
-
-def refuse_selinux(options: v1.SELinuxOption, host: HostFacts) -> None:
-    """Labels are not built yet. Where SELinux is off they mean nothing: portable manifests carry them, and containerd ignores them."""
-    for name in ("user", "role", "type", "level"):
-        strings.line(getattr(options, name), f"{_CONTEXT}.selinux_options.{name}")
-    if host.selinux and (options.type or options.level or options.role or options.user):
-        raise Unimplemented(f"{_CONTEXT}.selinux_options: SELinux labels are not built yet")
 
 
 def masked_paths(linux: v1.LinuxContainerConfig) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ class PodFacts(msgspec.Struct, kw_only=True, omit_defaults=True):
     released_at: int = 0  # network and namespaces are gone
     pid: int = 0  # PID 1 of a pod that shares its PID namespace
     netns_path: str = ""  # empty: the host's network
+    selinux_level: str = ""  # of its containers' labels, where the host has SELinux
     ips: list[str] = []
     network: dict[str, object] = {}  # detail from the network, for verbose status
     stages: dict[str, int] = {}  # microseconds each stage of RunPodSandbox took

@@ -17,6 +17,7 @@ class Sandbox:
     netns_path: str = ""  # where the network namespace is pinned; set when "network" is listed
     userns_path: str = ""  # where the user namespace is pinned; set when "user" is listed and "network" is not
     sysctl: dict[str, str] = field(default_factory=dict)  # already checked: namespaced, no separators
+    mount_label: str = ""  # SELinux label of /dev/shm
     shm_size: int = 0  # bytes; 0: no shared /dev/shm (host IPC)
     uid_mappings: tuple[IDMapping, ...] = ()
     gid_mappings: tuple[IDMapping, ...] = ()

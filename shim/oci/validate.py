@@ -103,6 +103,7 @@ def validate_sandbox(sandbox: Sandbox) -> None:
         _absolute("netnsPath", sandbox.netns_path)
     if NamespaceType.USER in kinds and NamespaceType.NETWORK not in kinds:
         _absolute("usernsPath", sandbox.userns_path)  # else it is found through the network namespace
+    _line("mountLabel", sandbox.mount_label)
     if sandbox.shm_size < 0:
         _no("shmSize", "negative")
     if sandbox.cgroups_path:

@@ -165,7 +165,9 @@ def _overlay_in_one_value(recipe: Recipe, layers: list[int]) -> int:
             m.make_private("/")
             values = _values_by_fd(recipe, layers)
             os.chdir("/proc/self/fd")
-        data = ",".join(f"{key}={value}" if value else key for key, value in values.items())
+        # An SELinux label has commas.
+        quoted = {key: f'"{value}"' if key == "context" else value for key, value in values.items()}
+        data = ",".join(f"{key}={value}" if value else key for key, value in quoted.items())
         if len(data) > _PAGE:
             raise OSError(errno.E2BIG, "too many layers for this kernel")
         target = recipe.work or recipe.lower[0]

@@ -277,7 +277,7 @@ class _Builder:
         data = {"source": mount.source or kind, **options.data}
         if kind == "devpts" and self.userns and not _maps(self.spec.linux, data.get("gid")):
             data.pop("gid", None)  # an id without a mapping is EINVAL
-        if self.spec.linux.mount_label and kind in ("tmpfs", "mqueue", "devpts"):
+        if self.spec.linux.mount_label and kind in ("tmpfs", "devpts"):  # mqueue is one superblock for the whole pod
             data.setdefault("context", self.spec.linux.mount_label)
         tree: tuple[Node, ...] = ()
         outside = False

@@ -55,7 +55,7 @@ def image(machine: str = elf.MACHINE) -> bytes:
 def suits(process: Process, kept: Kept) -> bool:
     """Whether a session can be planned: no terminal, no name to look up, no user namespace to enter, no listener to hand over."""
     plain = not process.terminal and not process.user.username and process.user.groups_policy is None
-    return plain and kept.root is None and not kept.notifies and not process.apparmor_profile and not process.selinux_label
+    return plain and kept.root is None and not kept.notifies
 
 
 def plan(
@@ -70,6 +70,7 @@ def plan(
     w.call(At.PREPARE, "close_range", FREE_FD, NONE, 0)
     if group.version == 2:
         _be_born_in(w, group)
+    program.label(w, process, AT_FDCWD, "/proc/self", fd=FREE_FD)
     _prepare(w, kept)
     if process.exec_cpu_affinity is not None and process.exec_cpu_affinity.initial:
         _set_affinity(w, process.exec_cpu_affinity.initial)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
+from shim import lsm
 from shim.cgroups import manager as cgroups
 from shim.cgroups import oom
 from shim.cgroups.group import Group
@@ -251,6 +252,7 @@ class Stage1:
             inside.bind_console(rootfd, inside.Console(master, final.stdio[0]))
         rootfs.seal(self.operations, self.prepared, rootfd)
         os.close(inside.enter_cwd(rootfd, process_.cwd))
+        lsm.apply(self.job.context.proc, lsm.on_exec(process_))
         report = None if final.listened else self.line.report()
         self._announce(0, process_.user, master, report=report, pinned=False, again=False)
         final.close_others(self.line)
@@ -269,6 +271,7 @@ class Stage1:
 
     def _join_for_good(self) -> None:
         """This process becomes the container's, or what is forked from it does."""
+        lsm.apply(self.job.context.proc, lsm.before_keyring(self.spec.process))
         process.new_session_keyring()
         process.set_oom_score_adj(self.job.context.proc, self.spec.process.oom_score_adj or 0)
         cgroups.join(self.group)

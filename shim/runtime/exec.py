@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from shim import wire
+from shim import lsm, wire
 from shim.cgroups import manager as cgroups
 from shim.cgroups.group import Group
 from shim.errors import Failure
@@ -53,6 +53,7 @@ class Exec:
         process = codec.decode(Process, wire.read_payload(self.payload))
         if not process.args:
             raise Failure("exec", message="no command", path="process.args")
+        lsm.apply(self.context.proc, lsm.before_keyring(process))
         start_clean(self.context, process.oom_score_adj)
         container = kept.load(self.bundle)
         if container.notifies:
@@ -87,6 +88,7 @@ class Exec:
         if master is not None:
             fds["console"] = master
         channel.send({"ok": {"fds": list(fds)}}, tuple(fds.values()))
+        lsm.apply(self.context.proc, lsm.on_exec(process))
         final.close_others(channel)
         if not final.listened:
             channel.narrow()

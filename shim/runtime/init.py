@@ -159,6 +159,7 @@ def _first(birth: Birth, base: int, gate: int, sources: Sequence[int]) -> Writer
     if not birth.user_namespace:  # inside one it may not
         # Through a procfs that is mounted nowhere: "self" is this process in it, too.
         program.write_file(w, At.OOM_SCORE, _FREE, "self/oom_score_adj", score, fd=_FREE + 1, allowed=_EACCES)
+    program.label(w, birth.process, _FREE, "self", fd=_FREE + 1)
     w.call(At.PREPARE, "close", _FREE)
     if birth.cgroup_namespace:
         w.call(At.NAMESPACES, "unshare", libc.CLONE_NEWCGROUP)

@@ -186,6 +186,8 @@ def shm_options(sandbox: Sandbox) -> dict[str, str]:
     if sandbox.uid_mappings:
         uid, gid = idmap.root_ids((sandbox.uid_mappings, sandbox.gid_mappings))
         options |= {"uid": str(uid), "gid": str(gid)}
+    if sandbox.mount_label:
+        options["context"] = sandbox.mount_label
     return options
 
 

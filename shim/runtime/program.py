@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from shim import lsm
 from shim.errors import Failure
 from shim.linux import caps, libc
 from shim.linux.process import Inherited
@@ -117,6 +118,8 @@ class At(IntEnum):
     EXEC = 12
     AFFINITY = 13
     MOUNT = 14
+    APPARMOR = 15
+    SELINUX = 16
 
 
 _STEPS = frozenset(int(step) for step in At)
@@ -136,6 +139,8 @@ _NAMES = {
     At.EXEC: ("start", "exec"),
     At.AFFINITY: ("launch", "processor affinity"),
     At.MOUNT: ("launch", "mount"),
+    At.APPARMOR: ("restrict", "apparmor"),
+    At.SELINUX: ("restrict", "selinux"),
 }
 
 
@@ -225,6 +230,13 @@ def write_file(w: Writer, at: At, directory: int, path: str, content: bytes, *, 
     w.call(at, "openat", directory, w.text(path), os.O_WRONLY | os.O_CLOEXEC)
     w.call(at, "write", fd, w.data(content), len(content), kind=Kind.ALLOWED if allowed else Kind.PLAIN, allowed=allowed)
     w.call(at, "close", fd)
+
+
+def label(w: Writer, process: Process, directory: int, prefix: str, *, fd: int) -> None:
+    """What the kernel's security modules are told, before a session keyring is joined; through procfs, where ``prefix`` is the process."""
+    for write in (*lsm.before_keyring(process), *lsm.on_exec(process)):
+        at = At.APPARMOR if write.what == "apparmor" else At.SELINUX
+        write_file(w, at, directory, f"{prefix}/{write.file}", write.content, fd=fd)
 
 
 def set_limits(

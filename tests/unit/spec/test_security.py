@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cri.errors import FailedPrecondition, InvalidArgument, Unimplemented
+from cri.errors import FailedPrecondition, InvalidArgument
 from cri.spec import security
 from cri.spec.inputs import HandlerConfig, HostFacts
 from protos.runtime.v1 import api_pb2 as v1
@@ -167,16 +167,6 @@ def test_apparmor_refused(enabled: bool, context: dict[str, Any], field: str) ->
     with pytest.raises(InvalidArgument) as caught:
         apparmor(enabled, **context)
     assert caught.value.field == f"{CONTEXT}.{field}"
-
-
-def test_selinux() -> None:
-    options = v1.SELinuxOption(type="spc_t")
-    security.refuse_selinux(options, HostFacts())  # portable manifests say this on hosts without SELinux too
-    security.refuse_selinux(v1.SELinuxOption(), HostFacts(selinux=True))
-    with pytest.raises(Unimplemented, match=r"selinux_options"):
-        security.refuse_selinux(options, HostFacts(selinux=True))
-    with pytest.raises(InvalidArgument, match=r"selinux_options\.level"):
-        security.refuse_selinux(v1.SELinuxOption(level="s0\n"), HostFacts())
 
 
 def test_paths() -> None:
