@@ -94,7 +94,7 @@ class Daemon:
         env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1", **self.env}
         return self.node.daemon(self.log, sys.executable, "-m", "cri.cli", "serve", "--config", str(self.config), env=env)
 
-    def start(self, seconds: float = 20) -> float:
+    def start(self, seconds: float = 60) -> float:
         """Start and wait until Version answers; returns the seconds that took."""
         assert self.process is None, "already started"
         began = time.monotonic()

@@ -15,8 +15,6 @@ from protos.runtime.v1 import api_pb2 as v1
 from shim.linux.caps import NUMBERS
 from tests.daemon.harness import Daemon
 
-pytestmark = pytest.mark.cgroup
-
 Pod = tuple[str, v1.PodSandboxConfig]
 Context = v1.LinuxContainerSecurityContext
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
