@@ -98,6 +98,7 @@ def test_pods_reach_each_other_the_node_and_a_host_port(daemon: Daemon, plugins:
     assert "here" in fetch(daemon, four, 80) and "here" in fetch(daemon, six, 80), "the node reaches pods"
     assert "here" in fetch(daemon, "192.0.2.1", 8099)
     assert output(daemon, client, "wget", "-qO-", "http://192.0.2.1:8099/") == "here\n"
+    assert output(daemon, client, "wget", "-qO-", "http://[fd00:231::1]:8099/") == "here\n"
     shown = output(daemon, client, "ip", "addr")
     assert all(f"{ip}/" in shown for ip in ips(daemon, client_pod[0])) and "LOOPBACK,UP" in shown
     assert ips(daemon, client_pod[0])[0] in output(daemon, client, "cat", "/etc/hosts")

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from cri.network import rtnl
+from cri.network.netlink import Socket
 from shim.linux import libc
 
 T = TypeVar("T")
@@ -54,6 +56,15 @@ class Netns:
     def run(self, *argv: str) -> str:
         """A command in the namespace; its output."""
         return subprocess.run(["nsenter", f"--net={self.path}", "--", *argv], check=True, text=True, capture_output=True, timeout=30).stdout
+
+    def udp_flows(self, port: int, version: int = 4) -> int:
+        """How many flows to a port are tracked."""
+
+        def count() -> int:
+            with Socket(protocol=12) as sock:
+                return len(list(rtnl.flows(sock, version, socket.IPPROTO_UDP, port)))
+
+        return self.call(count)
 
     def netlink(self) -> int:
         """A NETLINK_ROUTE socket opened inside, as a child of the supervisor opens it."""

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import socket
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -145,8 +146,12 @@ NEVER_DELETED = ("two of one family",)
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         return [d for key in sorted({*one, *other}) for d in differences(one.get(key), other.get(key), f"{where}/{key}")]
-    if isinstance(one, list) and isinstance(other, list) and sorted(one) != sorted(other):
-        return [f"{where}: {x}" for x in (*(f"+ {x}" for x in one if x not in other), *(f"- {x}" for x in other if x not in one))]
+    if isinstance(one, list) and isinstance(other, list):
+        if sorted(one) == sorted(other) and "tables" not in where:  # among rules, order is all
+            return []
+        found = [f"{where}: {x}" for x in (*(f"+ {x}" for x in one if x not in other), *(f"- {x}" for x in other if x not in one))]
+        if found:
+            return found
     return [] if one == other else [f"{where}: {one} != {other}"]
 
 
@@ -171,6 +176,31 @@ def test_equal_and_each_undoes_the_other(case: str, tmp_path: Path) -> None:
     assert not differences(added[True], added[False])
     # Debian's loopback takes lo down, in a namespace that is about to go
     assert not [d for d in differences(deleted[True], deleted[False]) if '"lo"' not in d]
+
+
+def test_vlan(tmp_path: Path) -> None:
+    """In pairs of ports of one VLAN, which hosts' kernels mostly have and this test's may not."""
+    added, results = {}, {}
+    for native in (True, False):
+        with world(tmp_path / f"{native}", pods=2) as made:
+            try:
+                made.node.run("ip", "link", "add", "probe", "type", "bridge", "vlan_filtering", "1")
+            except subprocess.CalledProcessError:
+                pytest.skip("this kernel's bridges know no VLANs")
+            made.node.run("ip", "link", "delete", "probe")
+            network = made.network([bridge(made.directory, FOUR, vlan=100, ipMasq=False)], "1.0.0")
+            pods = [made.attachment(network, n) for n in range(2)]
+            for pod in pods:
+                made.add(native, network, pod)
+            vlans = json.loads(made.node.run("bridge", "-j", "vlan"))
+            added[native] = made.state() | {"vlans": sorted(made.anonymous(json.dumps(v)) for v in vlans)}
+            results[native] = [comparable(made, "", pod.result) for pod in pods]
+            made.pods[0].run("busybox", "ping", "-c1", "-W5", "10.77.0.3")
+            made.pods[0].run("busybox", "ping", "-c1", "-W5", "10.77.0.1")
+            for pod in pods:
+                made.delete(not native, network, pod)
+    assert results[True] == results[False]
+    assert not differences(added[True], added[False])
 
 
 def test_both_at_the_same_time_on_one_store(tmp_path: Path) -> None:
@@ -260,12 +290,11 @@ def test_stale_flows_of_udp_are_forgotten(tmp_path: Path) -> None:
         sender = made.node.socket(kind=socket.SOCK_DGRAM)
         sender.bind(("127.0.0.1", 7777))
         sender.sendto(b"x", ("192.0.2.7", 5353))
-        listed = made.node.run("conntrack", "-L", "-p", "udp")
-        assert "dport=5353" in listed
+        assert made.node.udp_flows(5353) == 1
         network = made.network([bridge(made.directory, FOUR), PORTS], "1.0.0")
         attachment = made.attachment(network, port_mappings=MIXED)
         made.add(True, network, attachment)
-        assert "dport=5353" not in made.node.run("conntrack", "-L", "-p", "udp")
+        assert made.node.udp_flows(5353) == 0
         server = made.pods[0].socket(kind=socket.SOCK_DGRAM)
         server.bind(("0.0.0.0", 53))
         sender.sendto(b"again", ("192.0.2.7", 5353))
