@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def _import(daemon: Daemon, arguments: Namespace) -> int:
         path = Path(file)
         if not path.exists():
             raise CommandError(f"{file}: no such file or directory")
-        response = archives.ImportImages(people.ImportImagesRequest(path=str(path.resolve()), name=arguments.name))
+        with _busy(f"importing {file}"):
+            response = archives.ImportImages(people.ImportImagesRequest(path=str(path.resolve()), name=arguments.name))
         for image in response.images:
             print(f"{image.image_ref} {' '.join(image.names) or '(no name: give it one with --name)'}")
     return 0
@@ -107,7 +109,8 @@ def _export(daemon: Daemon, arguments: Namespace) -> int:
     try:
         config = Path(info["configPath"]).read_bytes()
         layers = list(reversed(info["snapshots"])) if info["chainID"] else []
-        made = export(target, arguments.format, arguments.compression, config, layers, response.image.repo_tags)
+        with _busy(f"exporting {arguments.image}"):
+            made = export(target, arguments.format, arguments.compression, config, layers, response.image.repo_tags)
     except FileExistsError:
         raise CommandError(f"{arguments.file}: exists already") from None
     except OSError as error:
@@ -116,6 +119,15 @@ def _export(daemon: Daemon, arguments: Namespace) -> int:
     if made.id != response.image.id:
         print(f"layers were put together anew: the id in the archive is not {response.image.id}", file=sys.stderr)
     return 0
+
+
+def _busy(what: str) -> AbstractContextManager[object]:
+    """Something that moves, on a terminal."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(what)
 
 
 def _status(daemon: Daemon, ref: str) -> v1.ImageStatusResponse:

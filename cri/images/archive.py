@@ -59,7 +59,12 @@ class Archive:
     @classmethod
     async def open(cls, path: Path, scratch: Path, platform: Platform) -> Archive:
         """Raises Failure for what is neither of the two formats."""
-        archive = cls(await asyncio.to_thread(open_members, path, scratch))
+        opening = asyncio.ensure_future(asyncio.to_thread(open_members, path, scratch))
+        try:
+            archive = cls(await asyncio.shield(opening))
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close)  # the thread goes on
+            raise
         try:
             await archive._thread(archive._read, platform)
         except BaseException:
@@ -221,6 +226,11 @@ class Archive:
 
     def _wrong(self, why: str) -> Failure:
         return Failure(_PHASE, path=self._members.path, message=why)
+
+
+def _close(opening: asyncio.Future[Members]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _hash(member: Member) -> str:

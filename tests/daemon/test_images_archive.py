@@ -342,6 +342,40 @@ async def test_hostile_archives(stores: Callable[..., Images], tmp_path: Path, k
             await import_images(store, path, "")
 
 
+@pytest.mark.parametrize("after", [0.0, 0.02, 0.1])
+async def test_an_import_that_nobody_waits_for(stores: Callable[..., Images], tmp_path: Path, after: float) -> None:
+    """The client goes away: files are closed, nothing is left over, and it can be done again."""
+    image = assemble([Layer().file("f", os.urandom(8 << 20)).finish(), Layer().file("g", os.urandom(1 << 20)).finish()], compression="none")
+    directory = layout(tmp_path / "layout", (), [image], "a.b/c:v1")
+    store = stores("store")
+    before = _files_below(directory)
+    task = asyncio.ensure_future(import_images(store, str(directory), ""))
+    await asyncio.sleep(after)
+    task.cancel()
+    await asyncio.wait([task])
+    for _ in range(500):
+        if not store.pulls._background and _files_below(directory) == before and not list((store.root / "ingest").iterdir()):
+            break
+        await asyncio.sleep(0.02)
+    assert _files_below(directory) == before == [] and not store.pulls.keep
+    assert not list((store.root / "ingest").iterdir()) and not list((store.root / "partials").iterdir())
+    ((found, _),) = await import_images(store, str(directory), "")
+    assert found.id == image.id and _files_below(directory) == []
+
+
+def _files_below(directory: Path) -> list[str]:
+    """What this process has open there."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        if target.startswith(str(directory)):
+            found.append(target)
+    return found
+
+
 async def test_a_policy_counts_for_archives_too(stores: Callable[..., Images], tmp_path: Path) -> None:
     policy = tmp_path / "policy.json"
     accept = [{"type": "insecureAcceptAnything"}]
