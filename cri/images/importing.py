@@ -52,5 +52,6 @@ async def _one(images: Images, archive: Archive, packed: Packed, names: tuple[st
         if not references:
             added.append(images.add(pulled, "", ""))
 
-    await images.pulls.take(archive.share(), packed.digest, names[0] if names else packed.digest, admit, done)
+    with images.collected():
+        await images.pulls.take(archive.share(), packed.digest, names[0] if names else packed.digest, admit, done)
     return added[-1], names

@@ -15,6 +15,7 @@ import logging
 import re
 import time
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,12 +199,18 @@ class Images:
         def done(pulled: Pulled, digest: str) -> None:
             added.append(self.add(pulled, str(parsed) if parsed.tag else "", parsed.with_digest(digest), signatures))
 
-        try:
+        with self.collected():
             await self.pulls.pull(parsed, credentials, admit, done)
-        except BaseException:
-            self._collect()  # what was published for it and is nobody's now; a full disk needs the room
-            raise
         return added[0]
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Around what makes an image: if it fails, what was published for it and is nobody's now goes. A full disk needs the room."""
+        try:
+            yield
+        except BaseException:
+            self._collect()
+            raise
 
     def require_trusted(self, image: Image, asked: str) -> None:
         """Raise SignatureValidationFailed if the policy, as it is now, forbids to run the image, which the client calls ``asked``."""
@@ -276,7 +283,7 @@ class Images:
     async def release(self, container_id: str) -> None:
         """Give a container's root back (idempotent) and what only it still used."""
         chains = self.snapshots.release(container_id)
-        if any(r.image.chain_ids == chains for r in self._records.values()):
+        if any(r.image.chain_ids == chains for r in (*self._records.values(), *self._shared.records.values())):
             self.snapshots.empty_trash()  # the usual case: its image is still here, so no layer goes with it
         else:
             self._collect()

@@ -376,6 +376,18 @@ def _files_below(directory: Path) -> list[str]:
     return found
 
 
+async def test_an_import_that_fails_keeps_nothing(stores: Callable[..., Images], tmp_path: Path) -> None:
+    image = assemble([Layer().file("f", "first").finish(), Layer().file("g", "second").finish()], compression="none")
+    directory = layout(tmp_path / "layout", (), [image], "a.b/c:v1")
+    _swap(directory, image.layers[1].digest, Layer().file("g", "other!").finish())
+    store = stores("store")
+    with pytest.raises(Failure, match="another digest"):
+        await import_images(store, str(directory), "")
+    assert list(store.snapshots.all()) == []
+    await store.snapshots.settled()
+    assert [p.name for p in (store.root / "snapshots").iterdir()] == ["empty"]
+
+
 async def test_a_policy_counts_for_archives_too(stores: Callable[..., Images], tmp_path: Path) -> None:
     policy = tmp_path / "policy.json"
     accept = [{"type": "insecureAcceptAnything"}]
