@@ -8,11 +8,12 @@ import pytest
 
 from protos.runtime.v1 import api_pb2 as v1
 from tests.daemon.cni import DEBIAN, Plugins, cni_daemon, ips, network_condition, remove
-from tests.daemon.harness import Daemon, Node
+from tests.daemon.harness import Daemon, Node, wait_for
 from tests.daemon.test_cni import (  # noqa: F401 - the same expectations, with this module's daemon
     test_pods_reach_each_other_the_node_and_a_host_port,
     test_the_result_is_in_the_verbose_status_and_cached_as_libcni_does,
 )
+from tests.daemon.test_userns import run_pod
 
 pytestmark = pytest.mark.skipif("not __import__('os').path.exists('/usr/lib/cni/bridge')", reason=f"no plugins in {DEBIAN}")
 
@@ -57,6 +58,36 @@ def test_native_as_a_whole_or_not_at_all(daemon: Daemon, plugins: Plugins) -> No
     plugins.install()
     assert len(ips(daemon, daemon.run_pod()[0])) == 2
     assert "the plugins of network testnet are native" in daemon.tail(10)
+
+
+def test_a_pod_with_a_user_namespace(daemon: Daemon, plugins: Plugins, busybox: str) -> None:
+    """Its network namespace belongs to other users: links, parameters and DEL work all the same."""
+    if not daemon.runtime.Status(v1.StatusRequest(), timeout=10).runtime_handlers[0].features.user_namespaces:
+        pytest.skip("this kernel cannot idmap what a pod with a user namespace needs")
+    plugins.install(plugins.bridge(), plugins.portmap(), {"type": "tuning", "sysctl": {"net.core.somaxconn": "321"}, "mtu": 1290})
+    pod = run_pod(daemon)
+    container = daemon.run(pod, busybox, "sleep", "1000")
+    shown = daemon.exec(
+        container, "sh", "-c", "ip addr show eth0; cat /proc/sys/net/core/somaxconn /proc/sys/net/ipv6/conf/eth0/accept_dad"
+    )
+    text = shown.stdout.decode()
+    assert all(f"{ip}/" in text for ip in ips(daemon, pod[0])) and "mtu 1290" in text and text.endswith("321\n0\n")
+    remove(daemon, pod[0])
+    plugins.nothing_left(daemon)
+
+
+def test_garbage_and_a_broken_network_are_found_at_a_start(daemon: Daemon, plugins: Plugins) -> None:
+    """GC gives back addresses that belong to no pod; CHECK says what a pod has lost."""
+    plugins.install(plugins.bridge(), plugins.portmap(), version="1.1.0")
+    pod, _ = daemon.run_pod(port_mappings=[v1.PortMapping(host_port=8094, container_port=80)])
+    stray = plugins.addresses / "testnet" / "10.231.77.77"
+    stray.write_text(f"{'c' * 64}\r\neth0")
+    daemon.restart()
+    wait_for("GC", lambda: not stray.exists())
+    assert plugins.held(daemon)["addresses"] == sorted(ips(daemon, pod))
+    daemon.node.run("iptables", "-t", "nat", "-F", "CNI-HOSTPORT-DNAT")
+    daemon.restart()
+    wait_for("CHECK", lambda: "failed (check): a rule is missing" in daemon.tail(60) and f"network of pod {pod}" in daemon.tail(60))
 
 
 def test_plugins_that_are_native_need_not_be_installed(node: Node, tmp_path_factory: pytest.TempPathFactory) -> None:
