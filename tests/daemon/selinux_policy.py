@@ -37,7 +37,8 @@ def source() -> str:
     lines += [f"class {name} inherits file" for name in _OF_FILES]
     lines += [f"class {name} {{ {vector} }}" for name, vector in _VECTORS.items()]
     lines += ["sensitivity s0;", "dominance { s0 }", *(f"category c{i};" for i in range(1024)), "level s0:c0.c1023;"]
-    lines += ["mlsconstrain process { ptrace } ( h1 dom h2 );", *(f"type {name};" for name in _TYPES)]
+    # The capability: a change of label is possible in spite of no_new_privs, as it is with real policies for containers.
+    lines += ["mlsconstrain process { ptrace } ( h1 dom h2 );", "policycap nnp_nosuid_transition;", *(f"type {name};" for name in _TYPES)]
     lines += [f"allow {a} {b}:{kind} *;" for a in _PROCESSES for b in _TYPES for kind in _CLASSES]
     lines += [f"allow {a} {b}:filesystem associate;" for a in ("container_file_t", "fs_t") for b in ("container_file_t", "fs_t")]
     lines += ["role system_r;", f"role system_r types {{ {' '.join(_PROCESSES)} }};"]

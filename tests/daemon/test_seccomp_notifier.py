@@ -9,7 +9,7 @@ import pytest
 
 from hack.node import Node
 from protos.runtime.v1 import api_pb2 as v1
-from tests.daemon.harness import Daemon, running
+from tests.daemon.harness import Daemon, running, wait_for
 from tests.registry import DockerRegistry
 
 ANNOTATION = "io.kubernetes.cri-o.seccompNotifierAction"
@@ -55,3 +55,21 @@ def test_counted_stopped_and_only_where_it_is_allowed(node: Node, registry: Dock
         scraped = node.run("busybox", "wget", "-qO-", "http://127.0.0.1:9464/metrics").stdout
         lines = [line for line in scraped.splitlines() if line.startswith("cri_shim_seccomp_refused_total{")]
         assert [line.rpartition(" ")[2] for line in lines if f'id="{counting}"' in line and 'syscall="pivot_root"' in line] == ["2.0"]
+
+
+def test_in_a_user_namespace(node: Node, registry: DockerRegistry) -> None:
+    with running(node, extra=EXTRA) as daemon:
+        image = f"{registry.host}/busybox:latest"
+        daemon.images.PullImage(v1.PullImageRequest(image=v1.ImageSpec(image=image)), timeout=60)
+        if json.loads(daemon.runtime.Status(v1.StatusRequest(verbose=True), timeout=10).info["host"])["userNamespaces"] != "available":
+            pytest.skip("pods cannot have user namespaces on this host")
+        for shared in (False, True):
+            config = daemon.pod_config(shared_pid=shared, annotations={ANNOTATION: "log"})
+            mapping = v1.IDMapping(host_id=100000, container_id=0, length=65536)
+            users = v1.UserNamespace(mode=v1.POD, uids=[mapping], gids=[mapping])
+            config.linux.security_context.namespace_options.userns_options.CopyFrom(users)
+            request = v1.RunPodSandboxRequest(config=config, runtime_handler="counting")
+            pod = daemon.runtime.RunPodSandbox(request, timeout=30).pod_sandbox_id
+            container = daemon.run((pod, config), image, "sh", "-c", f"{PIVOT}; sleep 1000")
+            assert daemon.exec(container, "sh", "-c", PIVOT).exit_code != 0
+            wait_for("two refusals", lambda container=container: _info(daemon, container) == {"pivot_root": 2})
