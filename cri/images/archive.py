@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 
 from cri.images import manifest as manifests
 from cri.images import reference
+from cri.images.answers import EndpointError
 from cri.images.hosts import Endpoint
 from cri.images.manifest import Descriptor, Index, Platform
 from cri.images.members import Member, Members, compressed, open_members
 from cri.images.reference import BadReference, is_digest
-from cri.images.registry import Document, EndpointError, Sink
+from cri.images.registry import Document, Sink
 from shim.errors import Failure
 
 _PHASE = "read archive"

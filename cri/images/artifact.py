@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from cri.images.answers import Attempt, EndpointError
 from cri.images.hosts import Endpoint
 from cri.images.manifest import Descriptor, Manifest
 from cri.images.partials import Partials
 from cri.images.progress import LayerProgress, Phase, Progress
-from cri.images.registry import Attempt, EndpointError
 from cri.images.snapshots import Meta
 from cri.images.source import Source
 from shim.errors import Failure

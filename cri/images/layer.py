@@ -9,11 +9,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cri.images.answers import Attempt, EndpointError
 from cri.images.hosts import Endpoint
 from cri.images.manifest import Descriptor
 from cri.images.partials import Partials
 from cri.images.progress import LayerProgress, Phase, Progress
-from cri.images.registry import Attempt, EndpointError
 from cri.images.snapshots import Snapshots
 from cri.images.source import Source
 from cri.images.unpack import Feed, Kept, Limits, Unpacked, Unpacker

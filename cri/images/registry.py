@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from cri.errors import AccessDenied, CriError, ImageNotFound, RegistryUnavailable, Unknown
-from cri.images import answers, auth, manifest
+from cri.images import answers, auth, manifest, ranges
+from cri.images.answers import Attempt, EndpointError, range_start, read_whole, refused
 from cri.images.auth import Credentials
 from cri.images.hosts import Endpoint
 from cri.images.keyring import Keyring
@@ -32,12 +33,10 @@ if TYPE_CHECKING:
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _REDIRECT_LIMIT = 8
-_ERROR_LIMIT = 4 << 10  # bytes of an error body that are read
 _RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _BROKEN = 1  # stands for a status where the connection broke after it was made
 _TRIES = 3  # without progress, per endpoint
 _MAX_DELAY = 30.0  # seconds
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-")
 
 T = TypeVar("T")
 
@@ -52,24 +51,6 @@ class Sink(Protocol):
     def missing(self) -> int: ...
 
     async def write(self, endpoint: Endpoint, chunk: bytes) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """Why one endpoint did not help. ``status`` 0: no HTTP answer at all."""
-
-    base: str
-    why: str
-    status: int = 0
-    tls: bool = False
-
-
-class EndpointError(Exception):
-    """One endpoint failed in a way that lets the next be asked."""
-
-    def __init__(self, attempt: Attempt, retry_after: float | None = None) -> None:
-        super().__init__(attempt.why)
-        self.attempt, self.retry_after = attempt, retry_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +102,7 @@ class Registry:
         async def fetch(endpoint: Endpoint) -> Document:
             url = f"{endpoint.base}/{self.reference.path}/manifests/{selector}"
             async with self._get(endpoint, url, {"Accept": manifest.ACCEPT}) as response:
-                body = await _read(response, manifest.MANIFEST_LIMIT, endpoint)
+                body = await read_whole(response, manifest.MANIFEST_LIMIT, endpoint)
                 return self._verified(endpoint, selector, response, body)
 
         return await self._each(f"manifest {selector}", fetch, capability=capability)
@@ -141,7 +122,7 @@ class Registry:
 
         async def fetch(endpoint: Endpoint) -> bytes:
             async with self._get(endpoint, self._blob_url(endpoint, digest), {}) as response:
-                body = await _read(response, size, endpoint)
+                body = await read_whole(response, size, endpoint)
             found = f"{digest.partition(':')[0]}:{hashlib.new(digest.partition(':')[0], body).hexdigest()}"
             if found != digest:
                 raise EndpointError(Attempt(endpoint.base, f"served {len(body)} bytes with digest {found} for {digest}", 200))
@@ -153,21 +134,33 @@ class Registry:
         """Stream a blob into ``sink`` from its current offset. A cut connection goes on at the next try where it stopped; endpoints
         whose base is in ``avoid`` (they served wrong bytes before) are not asked."""
 
+        splitting = True
+
         async def fetch(endpoint: Endpoint) -> None:
+            nonlocal splitting
             if endpoint.base in avoid:
                 raise EndpointError(Attempt(endpoint.base, "served wrong content before", 200))
             offset = sink.offset
             if offset and not sink.missing:
                 return  # the connection broke after the last byte
             headers = {"Range": f"bytes={offset}-"} if offset else {}
+            split = False
             async with self._get(endpoint, self._blob_url(endpoint, digest), headers) as response:
-                skip = offset - _range_start(response, endpoint)
+                skip, pace = offset - range_start(response, endpoint), ranges.Pace()
+                ranged = response.status == 206 or response.headers.get("Accept-Ranges", "").strip().lower() == "bytes"
                 async for chunk in self._chunks(response, endpoint):
                     if skip >= len(chunk):
                         skip -= len(chunk)
                         continue
-                    await sink.write(endpoint, chunk[skip:] if skip else chunk)
+                    await pace.write(sink, endpoint, chunk[skip:] if skip else chunk)
                     skip = 0
+                    if splitting and ranged and sink.missing > ranges.WORTH and ranges.BUDGET.left and pace.slow():
+                        split = True
+                        break
+            if split:
+                splitting = False  # not again, if it fails
+                await ranges.rest(sink, endpoint, partial(self._piece, endpoint, digest))
+                splitting = True
             if sink.missing:
                 raise EndpointError(Attempt(endpoint.base, f"ended {sink.missing} bytes early", 200))
 
@@ -175,6 +168,19 @@ class Registry:
             return sink.offset
 
         await self._each(f"blob {digest}", fetch, progress=position)
+
+    async def _piece(self, endpoint: Endpoint, digest: str, start: int, end: int) -> AsyncIterator[bytes]:
+        """The bytes from ``start`` up to ``end`` of a blob."""
+        async with self._get(endpoint, self._blob_url(endpoint, digest), {"Range": f"bytes={start}-{end - 1}"}) as response:
+            if response.status != 206 or range_start(response, endpoint) != start:
+                raise EndpointError(Attempt(endpoint.base, f"answers HTTP {response.status} and another range than asked for", _BROKEN))
+            async for chunk in self._chunks(response, endpoint):
+                start += len(chunk)
+                if start > end:
+                    raise EndpointError(Attempt(endpoint.base, "sent more than the range asked for", _BROKEN))
+                yield chunk
+        if start < end:
+            raise EndpointError(Attempt(endpoint.base, f"ended a range {end - start} bytes early", _BROKEN))
 
     def _blob_url(self, endpoint: Endpoint, digest: str) -> str:
         return f"{endpoint.base}/{self.reference.path}/blobs/{digest}"
@@ -256,7 +262,7 @@ class Registry:
                 continue
             if response.status in (200, 206):
                 return response
-            raise await _refused(endpoint, response)
+            raise await refused(endpoint, response)
         raise AssertionError("unreachable")
 
     async def _follow(self, stack: AsyncExitStack, endpoint: Endpoint, url: str, headers: dict[str, str]) -> aiohttp.ClientResponse:
@@ -343,7 +349,7 @@ class Registry:
             async with session.request(
                 method, request.url, headers=request.headers, data=request.body or None, allow_redirects=False, proxy=proxy
             ) as response:
-                body = await _read(response, auth.TOKEN_LIMIT, endpoint)
+                body = await read_whole(response, auth.TOKEN_LIMIT, endpoint)
                 if response.status != 200:
                     host = urlsplit(request.url).netloc
                     why = f"token server {host}: {answers.summary(response.status, body)}"
@@ -363,31 +369,3 @@ def _proxy(endpoint: Endpoint, url: str) -> str | None:
         return proxy_for(url, os.environ)
     except Failure as error:
         raise EndpointError(Attempt(endpoint.base, str(error))) from error
-
-
-def _range_start(response: aiohttp.ClientResponse, endpoint: Endpoint) -> int:
-    """Where the body begins in the blob: 0 for a 200, whatever was asked for."""
-    if response.status != 206:
-        return 0
-    match = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
-    if match is None:
-        raise EndpointError(Attempt(endpoint.base, "answers 206 without a usable Content-Range", 206))
-    return int(match[1])
-
-
-async def _read(response: aiohttp.ClientResponse, limit: int, endpoint: Endpoint) -> bytes:
-    """The whole body, or an EndpointError as soon as it is longer than ``limit`` (CVE-2023-25153)."""
-    body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > limit:
-            raise EndpointError(Attempt(endpoint.base, f"sent more than {limit} bytes", response.status))
-    return bytes(body)
-
-
-async def _refused(endpoint: Endpoint, response: aiohttp.ClientResponse) -> EndpointError:
-    body = await response.content.read(_ERROR_LIMIT)
-    after = response.headers.get("Retry-After", "")
-    return EndpointError(
-        Attempt(endpoint.base, answers.summary(response.status, body), response.status), float(after) if after.isdigit() else None
-    )

@@ -1,4 +1,24 @@
+"""Headers of registries' answers."""
+
+from __future__ import annotations
+
+import time
+from email.utils import formatdate
+
+import pytest
+
 from cri.images import answers
+from cri.images.answers import delay
+
+
+@pytest.mark.parametrize("text, expected", [("0", 0.0), ("17", 17.0), ("", None), ("soon", None), ("\u00b2", None), ("1e9", None)])
+def test_retry_after(text: str, expected: float | None) -> None:
+    assert delay(text) == expected
+
+
+def test_retry_after_a_date() -> None:
+    assert 28 < (delay(formatdate(time.time() + 30, usegmt=True)) or 0) <= 30
+    assert delay(formatdate(time.time() - 3600, usegmt=True)) == 0
 
 
 def test_summary() -> None:

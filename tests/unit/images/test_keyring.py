@@ -122,7 +122,7 @@ async def test_helpers(helper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CRI_SHIM_SECRET", "x")
     monkeypatch.setenv("NO_PROXY", "a")
     out = helper / "environment"
-    answer = r'{\"Username\":\"$s\",\"Secret\":\"p\"}'
+    answer = r"{\"Username\":\"$s\",\"Secret\":\"p\"}"
     script(helper, "one", f'read s; env > {out}; pwd >> {out}; echo "{answer}"')
     script(helper, "token", """echo '{"Username":"<token>","Secret":"idt"}'""")
     script(helper, "none", "echo credentials not found in native keychain; exit 1")
