@@ -49,16 +49,21 @@ profile {PROFILE} flags=(attach_disconnected,mediate_deleted) {{
 """
 
 
+def parser() -> str | None:
+    """The program that compiles profiles, None where it is not installed."""
+    return shutil.which(_PARSER, path="/usr/sbin:/sbin:/usr/local/sbin:/usr/bin")
+
+
 def load() -> str:
     """Put ``PROFILE`` into the kernel, replacing an older text of it. Returns why that cannot be done, empty when it is there."""
-    parser = shutil.which(_PARSER, path="/usr/sbin:/sbin:/usr/local/sbin:/usr/bin")
-    if parser is None:
+    program = parser()
+    if program is None:
         return f"{_PARSER} is not installed"
     try:
         # -K: no cache, -r: replace
-        done = subprocess.run([parser, "-Kr"], input=TEXT.encode(), capture_output=True, timeout=_PATIENCE, env={}, cwd="/", check=False)
+        done = subprocess.run([program, "-Kr"], input=TEXT.encode(), capture_output=True, timeout=_PATIENCE, env={}, cwd="/", check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{parser}: {error}"
+        return f"{program}: {error}"
     if done.returncode != 0:
-        return f"{parser}: {done.stderr.decode(errors='replace').strip()[:400]}"
+        return f"{program}: {done.stderr.decode(errors='replace').strip()[:400]}"
     return ""

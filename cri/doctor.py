@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cri import apparmor
 from cri.cgroups import booted_with_systemd, choose
 from cri.config import Config
 from cri.errors import StartError
+from cri.spec.host import selinux_contexts
 from cri.startup import KERNEL_FLOOR, kernel_version
 from shim.cgroups import layout as cgroups
 from shim.cgroups.names import expand
@@ -384,6 +386,10 @@ def _fuse(config: Config) -> Iterator[Finding]:
 def _security_modules(config: Config) -> Iterator[Finding]:
     active = [m for m in _read("/sys/kernel/security/lsm").split(",") if m in ("apparmor", "selinux")]
     yield Finding("lsm", "ok", ", ".join(active) or "neither AppArmor nor SELinux is active")
+    if "apparmor" in active and apparmor.parser() is None:
+        yield Finding("apparmor", "note", "no apparmor_parser: containers get no default profile", "apt install apparmor")
+    if "selinux" in active and selinux_contexts() is None:
+        yield Finding("selinux", "note", "no lxc_contexts: containers are not labelled", "apt install selinux-policy-default")
 
 
 def _read(path: str) -> str:

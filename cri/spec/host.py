@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -11,9 +12,10 @@ from collections.abc import Iterator
 from cri.spec.inputs import HostFacts
 from cri.spec.selinux import Contexts, parse_contexts
 from shim.errors import Failure
-from shim.linux import caps
+from shim.linux import caps, libc
 from shim.oci import spec as oci
 
+_AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
 _FILE_LIMIT = 1 << 20  # of profiles, hosts and resolv.conf
 # File systems of their own that every container gets fresh, and links into /proc.
 _SKIP = frozenset({"pts", "shm", "mqueue", "fd", ".lxc", ".lxd-mounts", ".udev"})
@@ -40,7 +42,7 @@ def detect(*, cgroup_version: int, cgroup_driver: str, controllers: frozenset[st
         apparmor_loaded=apparmor_loaded,
         selinux=os.path.exists("/sys/fs/selinux/enforce"),
         selinux_contexts=selinux_contexts() if os.path.exists("/sys/fs/selinux/enforce") else None,
-        recursive_read_only=True,  # mount_setattr: 5.12, below the floor
+        recursive_read_only=recursive_read_only(),
         resctrl=os.path.exists("/sys/fs/resctrl/schemata"),
         ipv6=os.path.exists("/proc/sys/net/ipv6/conf/default/accept_ra"),
         read=read_file,
@@ -64,6 +66,15 @@ def hugepage_sizes(directory: str = "/sys/kernel/mm/hugepages") -> frozenset[str
                 size, unit = size // 1024, unit + 1
             found.add(f"{size}{('KB', 'MB', 'GB')[unit]}")
     return frozenset(found)
+
+
+def recursive_read_only() -> bool:
+    """Whether mount_setattr(2) is there and may be called: asked for nothing, it says EINVAL (ENOSYS or EPERM: a filter above us)."""
+    try:
+        libc.syscall(libc.NR["mount_setattr"], -1, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, 0, 0)
+    except OSError as error:
+        return error.errno == errno.EINVAL
+    return False
 
 
 def apparmor_loaded(name: str) -> bool:

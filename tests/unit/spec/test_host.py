@@ -82,6 +82,7 @@ def test_detect() -> None:
     assert facts.hostname
     assert facts.hugetlb
     assert facts.capabilities[0] == "CAP_CHOWN"
+    assert facts.recursive_read_only == (facts.kernel >= (5, 12))
 
 
 def test_hugepage_sizes(tmp_path: Path) -> None:
