@@ -74,6 +74,7 @@ class Sigstore:
     identity: Identity
 
 
+_KINDS = ("insecureAcceptAnything", "reject", "signedBy", "signedBaseLayer", "sigstoreSigned")
 Requirement = Accept | Reject | Sigstore
 
 
@@ -108,9 +109,10 @@ def parse(body: bytes) -> Policy:
     for transport, table in _object(document.get("transports") or {}, "transports").items():
         for scope, requirements in _object(table, f"transports.{transport}").items():
             where = f"transports.{transport}.{scope!r}"
-            parsed = _requirements(requirements, where)
-            if transport == "docker":  # others name places that no image here comes from
-                scopes[_scope(scope, where)] = parsed
+            if transport == "docker":
+                scopes[_scope(scope, where)] = _requirements(requirements, where)
+            else:
+                _named(requirements, where)
     return Policy(_requirements(document["default"], "default"), scopes)
 
 
@@ -156,6 +158,15 @@ def _requirements(value: object, where: str) -> tuple[Requirement, ...]:
     if not isinstance(value, list) or not value:
         raise BadPolicy(f"{where}: not a list with at least one requirement")
     return tuple(_requirement(item, f"{where}[{i}]") for i, item in enumerate(value))
+
+
+def _named(value: object, where: str) -> None:
+    """Requirements for places that no image here comes from: they may be of any kind there is."""
+    if not isinstance(value, list) or not value:
+        raise BadPolicy(f"{where}: not a list with at least one requirement")
+    for i, item in enumerate(value):
+        if (kind := _object(item, f"{where}[{i}]").get("type")) not in _KINDS:
+            raise BadPolicy(f"{where}[{i}].type: {kind!r} is not a requirement")
 
 
 def _requirement(value: object, where: str) -> Requirement:
@@ -224,7 +235,8 @@ def _identity(value: object, where: str) -> Identity:
         if not isinstance(text, str) or not text:
             raise BadPolicy(f"{where}.{name}: not a string")
         if kind == "remapIdentity":
-            _scope(text, f"{where}.{name}")
+            if _scope(text, f"{where}.{name}").startswith("*") or "@" in text or ("/" in text and ":" in text.rpartition("/")[2]):
+                raise BadPolicy(f"{where}.{name}: {text!r} must be a host, a namespace or a repository")
         else:
             try:
                 bare = _signed(text)[0] == _signed(text)[1]
@@ -242,17 +254,20 @@ def _identity(value: object, where: str) -> Identity:
 def _signed(text: str) -> tuple[str, str]:
     """(repository, the whole) of a reference as signatures and policies write it; both are the same if it names neither tag nor digest."""
     parsed = reference.parse(text)
-    bare = "@" not in text and ":" not in text.rpartition("/")[2]
-    return parsed.name, parsed.name if bare else str(parsed)
+    head, _, digest = text.partition("@")
+    tag = head.rpartition("/")[2].partition(":")[2]
+    return parsed.name, parsed.name + (f":{tag}" if tag else "") + (f"@{digest}" if digest else "")
 
 
 def _digest_or_exact(name: str, full: str, wanted: Reference) -> bool:
-    return name == wanted.name if wanted.digest else full == str(wanted)
+    # A digest was chosen with care: any signature of it in this repository will do, but one that names nothing in the repository.
+    return name == wanted.name != full if wanted.digest else full == str(wanted)
 
 
 def _remapped(wanted: Reference, prefix: str, to: str) -> Reference:
     whole = str(wanted)
-    if whole != prefix and not (whole.startswith(prefix) and whole[len(prefix)] in "/:@"):
+    # Behind a host, ":" begins a port, which makes it another host.
+    if not whole.startswith(prefix) or whole[len(prefix) : len(prefix) + 1] not in (("/", ":", "@") if "/" in prefix else ("/",)):
         return wanted
     try:
         return reference.parse(to + whole[len(prefix) :])

@@ -49,6 +49,12 @@ def test_keys() -> None:
         assert made([{"type": "sigstoreSigned", **fields}]).default == (Sigstore(keys, Identity()),)
 
 
+def test_requirements_of_other_transports_are_nobody_s_here() -> None:
+    gpg = [{"type": "signedBy", "keyType": "GPGKeys", "keyPath": "/k"}]
+    found = policy.parse(json.dumps({"default": REJECT, "transports": {"atomic": {"host:5000/x": gpg}, "dir": {"": ACCEPT}}}).encode())
+    assert found.scopes == {} and found.default == (Reject(),)
+
+
 @pytest.mark.parametrize(
     "text, where",
     [
@@ -90,6 +96,8 @@ def test_what_cannot_be_enforced_is_an_error(text: str, where: str) -> None:
         ({"type": "exactRepository", "dockerRepository": "a.b/c:d"}, "must not have a tag"),
         ({"type": "exactRepository"}, "dockerRepository: not a string"),
         ({"type": "remapIdentity", "prefix": "a.b", "signedPrefix": "B/"}, "signedPrefix: not host"),
+        ({"type": "remapIdentity", "prefix": "a.b/c:v1", "signedPrefix": "d.e"}, "must be a host"),
+        ({"type": "remapIdentity", "prefix": "*.b", "signedPrefix": "d.e"}, "must be a host"),
         ({"type": "matchExact", "x": 1}, "x: not known"),
     ],
 )
@@ -108,10 +116,15 @@ DIGEST = "sha256:" + "a" * 64
         (Identity(), "reg.example/app:v2", "reg.example/app:v1", False),
         (Identity(), "reg.example/app", "reg.example/app:latest", False),
         (Identity(), "reg.example/app:v1", f"reg.example/app@{DIGEST}", True),
-        (Identity(), "reg.example/app", f"reg.example/app@{DIGEST}", True),
+        (Identity(), "reg.example/app", f"reg.example/app@{DIGEST}", False),
+        (Identity(), f"reg.example/app@sha256:{'b' * 64}", f"reg.example/app@{DIGEST}", True),
+        (Identity(), f"reg.example/app:v1@{DIGEST}", "reg.example/app:v1", False),
+        (Identity("matchExact"), f"reg.example/app:v1@{DIGEST}", f"reg.example/app@{DIGEST}", False),
+        (Identity("matchRepository"), f"reg.example/app:v1@{DIGEST}", "reg.example/app:v2", True),
         (Identity(), "reg.example/other", f"reg.example/app@{DIGEST}", False),
         (Identity("matchExact"), "reg.example/app:v1", f"reg.example/app@{DIGEST}", False),
         (Identity("matchExact"), f"reg.example/app@{DIGEST}", f"reg.example/app@{DIGEST}", True),
+        (Identity("matchExact"), "busybox", "docker.io/library/busybox:latest", False),
         (Identity("matchExact"), "busybox:1", "docker.io/library/busybox:1", True),
         (Identity("matchRepository"), "reg.example/app", "reg.example/app:v1", True),
         (Identity("matchRepository"), "reg.example/app:other", "reg.example/app:v1", True),
@@ -125,6 +138,9 @@ DIGEST = "sha256:" + "a" * 64
         (Identity("remapIdentity", "mirror.example", "reg.example"), "reg.example/a/b:v1", "mirror.example/a/b:v1", True),
         (Identity("remapIdentity", "mirror.example", "reg.example"), "reg.example/a/b:v2", "mirror.example/a/b:v1", False),
         (Identity("remapIdentity", "mirror.example/a", "reg.example"), "reg.example/b:v1", "mirror.example/ab:v1", False),
+        (Identity("remapIdentity", "mirror.example", "reg.example"), "reg.example:5000/a:v1", "mirror.example:5000/a:v1", False),
+        (Identity("remapIdentity", "mirror.example/a", "reg.example/b"), "reg.example/b:v1", "mirror.example/a:v1", True),
+        (Identity("remapIdentity", "mirror.example/a:v", "reg.example/b:w"), "reg.example/b:w1", "mirror.example/a:v1", False),
         (Identity("remapIdentity", "mirror.example", "reg.example/x"), "other.example/a:v1", "other.example/a:v1", True),
     ],
 )
