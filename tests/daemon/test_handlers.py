@@ -73,13 +73,13 @@ def test_base_runtime_spec(node: Node, registry: DockerRegistry, tmp_path: Path)
         assert any("Read-only" in line for line in based)
         assert (tmp_path / "hooked").exists()
         # A file that is wrong is found at the start, not by the first pod.
-        for wrong, why in (({"linux": {"intelRdt": {"closID": "x"}}}, "linux.intelRdt"), ({"mounts": [{"destination": "x"}]}, "mounts[0]")):
-            daemon.kill()
-            file.write_text(json.dumps(wrong))
-            assert daemon.spawn().wait(60) == 1
-            assert why in daemon.tail() and "runtime.handlers.based.base_runtime_spec" in daemon.tail() and str(file) in daemon.tail()
-            file.write_text("{}")
-            daemon.start()
+        daemon.kill()
+        file.write_text(json.dumps({"linux": {"intelRdt": {"closID": "x"}}}))
+        assert daemon.spawn().wait(60) == 1
+        for part in ("linux.intelRdt", "runtime.handlers.based.base_runtime_spec", str(file)):
+            assert part in daemon.tail()
+        file.write_text("{}")
+        daemon.start()
 
 
 def test_a_limit_above_the_kernels(node: Node) -> None:
