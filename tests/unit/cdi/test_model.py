@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cri.cdi import model, registry
@@ -142,6 +142,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(values)
 def test_anything_is_a_file_or_a_named_refusal(tree: Any) -> None:
     try:
@@ -150,6 +151,7 @@ def test_anything_is_a_file_or_a_named_refusal(tree: Any) -> None:
         assert str(error)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([*EDITS]), values), max_size=3), st.sampled_from(model.VERSIONS))
 def test_changed_files(changes: list[tuple[str, Any]], version: str) -> None:
     tree = copy.deepcopy(WHOLE) | {"cdiVersion": version}
@@ -161,6 +163,7 @@ def test_changed_files(changes: list[tuple[str, Any]], version: str) -> None:
         assert str(error)
 
 
+@settings(deadline=None)  # the first YAML imports its library
 @given(st.binary(max_size=200), st.sampled_from(["x.json", "x.yaml"]))
 def test_any_bytes(data: bytes, path: str) -> None:
     with pytest.raises(CdiError):

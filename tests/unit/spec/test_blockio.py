@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cri.errors import FailedPrecondition
@@ -106,6 +106,7 @@ trees = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(trees)
 def test_anything_is_classes_or_a_refusal(tree: Any) -> None:
     try:
