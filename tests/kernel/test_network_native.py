@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from cri.network.cni.cache import Attachment
 from cri.network.cni.execute import PluginFailed, PluginTimeout
 from cri.network.native.chain import Native
 from protos.runtime.v1 import api_pb2 as v1
@@ -301,3 +303,27 @@ def test_stale_flows_of_udp_are_forgotten(tmp_path: Path) -> None:
         assert server.recv(100) == b"again"
         for sock in (sender, server):
             sock.close()
+
+
+def test_an_add_that_is_cancelled_anywhere(tmp_path: Path) -> None:
+    """The caller gives up after so many milliseconds; a DEL then finds everything."""
+    with world(tmp_path / "w") as made:
+        network = made.network([bridge(made.directory), PORTS], "1.0.0")
+        options = made.native.options(network)
+        assert options is not None
+
+        async def give_up(attachment: Attachment, seconds: float) -> None:
+            async def netlink() -> int:
+                return await made._netlink(attachment.container_id)
+
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(made.native.add(network, options, attachment, netlink), seconds)
+
+        for milliseconds in (0, 1, 2, 4, 6, 9, 13, 20):
+            attachment = made.attachment(network, port_mappings=(mapping(8300, 80),))
+            made.run(give_up(attachment, milliseconds / 1000))
+            made.delete(True, network, attachment)
+            state = made.state()
+            assert not [line for line in (*state["iptables-save"], *state["ip6tables-save"]) if "testnet" in line], milliseconds
+            assert not [n for n in state["files"] if n.startswith("testnet/") and "last" not in n and "lock" not in n], milliseconds
+            assert "eth0" not in made.pods[0].run("ip", "-o", "link"), milliseconds

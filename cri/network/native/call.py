@@ -21,6 +21,21 @@ _SYSCTL = Path("/proc/sys")
 _CHAIN_MAX = 28
 
 
+async def to_its_end(function: Callable[[], T], threads: ThreadPoolExecutor | None = None) -> T:
+    """In a thread, and awaited also if the caller is cancelled: what follows, a DEL or the end of a lock, must not overtake it."""
+    work = asyncio.get_running_loop().run_in_executor(threads, function)
+    cancelled = False
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        work.exception()
+        raise asyncio.CancelledError
+    return work.result()
+
+
 class Host:
     """The node's side. Netlink blocks, so it happens in threads: one for all that makes something, which the kernel serializes anyway,
     several for deleting links, where a request sleeps for 17 ms without any lock (see cri/network/bridge.py)."""
@@ -32,30 +47,19 @@ class Host:
         self.iptables = {4: Iptables(4), 6: Iptables(6)}
 
     async def make(self, function: Callable[[Socket], T]) -> T:
-        return await self._run(self._maker, lambda: function(self._own()))
+        return await to_its_end(lambda: function(self._own()), self._maker)
 
     async def delete(self, function: Callable[[Socket], T]) -> T:
         def alone() -> T:
             with Socket() as sock:
                 return function(sock)
 
-        return await self._run(self._deleters, alone)
+        return await to_its_end(alone, self._deleters)
 
     def _own(self) -> Socket:
         if self._socket is None:
             self._socket = Socket()
         return self._socket
-
-    async def _run(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
-        """To its end, also if the caller is cancelled: a DEL that follows must not overtake it."""
-        work = asyncio.get_running_loop().run_in_executor(threads, function)
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            await asyncio.wait([work])
-            if not work.cancelled():
-                work.exception()
-            raise
 
     async def close(self) -> None:
         for threads in (self._maker, self._deleters):
@@ -77,11 +81,19 @@ class Call:
     host: Host
     patience: float
     runtime: Mapping[str, Any] = field(default_factory=dict)
-    plans: dict[int, Plan] = field(default_factory=lambda: {4: Plan(), 6: Plan()})
+    plans: dict[int, Plan] = field(default_factory=dict)  # by address family
     sysctls: Sysctls | None = None
     netlink: Callable[[], Awaitable[int]] | None = None
     withdrawing: asyncio.Task[None] | None = None  # of rules, which must be over before an address is given back
     _inside: Socket | None = None
+
+    def __post_init__(self) -> None:
+        self.take_plans()
+
+    def take_plans(self) -> dict[int, Plan]:
+        """What has been planned so far; empty plans take its place."""
+        plans, self.plans = self.plans, {version: Plan(owner=self.container_id) for version in (4, 6)}
+        return plans
 
     @property
     def owner(self) -> tuple[str, str]:

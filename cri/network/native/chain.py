@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ _MODULES: Mapping[str, ModuleType] = {
     module.__name__.rpartition(".")[2]: module for module in (bandwidth, bridge, firewall, loopback, portmap, ptp, tuning)
 }
 T = TypeVar("T")
+_IPV6 = Path("/proc/sys/net/ipv6")
 Netlink = Callable[[str], Awaitable[int]]
 Parameters = Callable[[str, Mapping[str, str | None]], Awaitable[tuple[dict[str, str], dict[str, int]]]]
 
@@ -142,7 +144,9 @@ class Native:
         await _guard(conf.plugins[0].type, "delete", self._timeout, self._withdraw(call))
 
     async def _withdraw(self, call: Call) -> None:
-        plans, call.plans = call.plans, {4: rules.Plan(), 6: rules.Plan()}
+        plans = call.take_plans()
+        if not _IPV6.exists():  # nothing can be there, and ip6tables fails
+            plans.pop(6, None)
         try:
             await _all(self._host.iptables[version].remove(plan) for version, plan in plans.items() if plan)
         except rules.ProgramMissing:
@@ -160,10 +164,9 @@ class Native:
             for plugin, one in zip(conf.plugins, options, strict=True):
                 call.runtime = arguments.runtime_config(plugin, attachment.capability_args)
                 await _guard(plugin.type, "check", self._timeout, _MODULES[plugin.type].check(one, call, previous))
-                for version, plan in call.plans.items():
+                for version, plan in call.take_plans().items():
                     if plan and (missing := await self._host.iptables[version].lacks(plan)):
                         raise PluginFailed(f'plugin type="{plugin.type}" failed (check): a rule is missing: {missing}')
-                call.plans = {4: rules.Plan(), 6: rules.Plan()}
         finally:
             call.close()
 

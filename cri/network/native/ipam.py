@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection, Sequence
 from ipaddress import ip_interface
 from typing import Any
 
 from cri.network.native import hostlocal
-from cri.network.native.call import Call
+from cri.network.native.call import Call, to_its_end
 from cri.network.native.hostlocal import Store
 from cri.network.native.options import Dns, HostLocal
 from cri.network.native.result import Result
@@ -21,7 +20,7 @@ async def add(conf: HostLocal, call: Call, asked: Sequence[str] = ()) -> Result:
     sets = hostlocal.ranges(conf, call.runtime)
     wanted = [ip_interface(text).ip for text in (*asked, *call.runtime.get("ips", ()))]
     async with Store(call.network, conf.data_dir).locked(call.patience) as directory:
-        ips = hostlocal.reserve(directory, sets, call.owner, wanted)
+        ips = await to_its_end(lambda: hostlocal.reserve(directory, sets, call.owner, wanted))
     failpoints.hit("add network", "address")
     return hostlocal.result(conf, ips)
 
@@ -30,19 +29,19 @@ async def delete(conf: HostLocal, call: Call, previous: Result | None) -> None:
     await call.withdrawn()
     known = [str(ip.address.ip) for ip in previous.ips] if previous is not None else []
     async with Store(call.network, conf.data_dir).locked(call.patience) as directory:
-        await asyncio.to_thread(hostlocal.release, directory, call.owner, known)
+        await to_its_end(lambda: hostlocal.release(directory, call.owner, known))
     failpoints.hit("delete network", "address")
 
 
 async def check(conf: HostLocal, call: Call) -> None:
     async with Store(call.network, conf.data_dir).locked(call.patience) as directory:
-        if not await asyncio.to_thread(hostlocal.owned, directory, call.owner):
+        if not await to_its_end(lambda: hostlocal.owned(directory, call.owner)):
             raise ValueError(f"no address is reserved for {call.container_id}")
 
 
 async def collect(conf: HostLocal, network: str, valid: Collection[tuple[str, str]], patience: float) -> list[str]:
     async with Store(network, conf.data_dir).locked(patience) as directory:
-        return await asyncio.to_thread(hostlocal.collect, directory, valid)
+        return await to_its_end(lambda: hostlocal.collect(directory, valid))
 
 
 def dns(conf: Dns) -> dict[str, Any]:

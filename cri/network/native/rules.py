@@ -44,8 +44,13 @@ def with_comment(*words: str, comment: str) -> tuple[str, ...]:
 
 @dataclass(slots=True)
 class Plan:
-    """What one family has to have. ``shared`` is there once for all pods, in this order; ``chains`` and ``rules`` are this pod's."""
+    """What one family has to have. ``shared`` is there once for all pods, in this order; ``chains`` and ``rules`` are this pod's.
 
+    ``owner`` is its id: programs that work on the plan carry it in their environment, as plugins do, for a daemon that comes after us to
+    find them (``cni.orphans``).
+    """
+
+    owner: str = ""
     shared_chains: list[tuple[str, str]] = field(default_factory=list)
     shared: list[Rule] = field(default_factory=list)
     chains: list[tuple[str, str]] = field(default_factory=list)
@@ -154,7 +159,7 @@ class Iptables:
     async def add(self, plan: Plan) -> None:
         """Raises Unavailable with what iptables said."""
         async with self._turn:
-            said = await self._restore(plan.add())
+            said = await self._restore(plan.add(), plan.owner)
             for _ in range(_ATTEMPTS):
                 if not said:
                     return
@@ -168,7 +173,7 @@ class Iptables:
         there = {(table, line[1:].split(" ")[0]) for table, text in saved.items() for line in text.splitlines() if line.startswith(":")}
         make = [chain for chain in plan.shared_chains if chain not in there]
         missing = [r for r in plan.shared if (r.table, r.chain) in make or not await self._has(r, there)]
-        return await self._restore(plan.complete(make, missing))
+        return await self._restore(plan.complete(make, missing), plan.owner)
 
     async def _has(self, rule: Rule, there: Iterable[tuple[str, str]]) -> bool:
         target = rule.words[rule.words.index("-j") + 1]
@@ -179,13 +184,13 @@ class Iptables:
     async def remove(self, plan: Plan) -> None:
         """Whether all, some or none of it is there. Raises Unavailable."""
         async with self._turn:
-            said = await self._restore(plan.remove())
+            said = await self._restore(plan.remove(), plan.owner)
             for _ in range(_ATTEMPTS):
                 if not said:
                     return
                 saved = await self._save(plan.tables())
                 script = plan.find_and_remove("".join(f"*{table}\n{text}" for table, text in saved.items()))
-                said = await self._restore(script) if script else ""
+                said = await self._restore(script, plan.owner) if script else ""
         if said:
             raise Unavailable(f"{self._name}-restore failed: {said}")
 
@@ -194,18 +199,9 @@ class Iptables:
         script = plan.holds()
         return await self._restore(script) if script else ""
 
-    async def save(self, table: str) -> str:
-        async with self._turn:
-            return (await self._save([table]))[table]
-
-    async def restore(self, script: str) -> None:
-        async with self._turn:
-            if said := await self._restore(script):
-                raise Unavailable(f"{self._name}-restore failed: {said}")
-
-    async def _restore(self, script: str) -> str:
+    async def _restore(self, script: str, owner: str = "") -> str:
         """What it said if it failed."""
-        code, _, errors = await run((f"{self._name}-restore", "--noflush", "-w", "10"), script.encode())
+        code, _, errors = await run((f"{self._name}-restore", "--noflush", "-w", "10"), script.encode(), owner=owner)
         return "" if code == 0 else errors or f"exit status {code}"
 
     async def _save(self, tables: Iterable[str]) -> dict[str, str]:
@@ -222,11 +218,11 @@ class ProgramMissing(CriError):
     """A program that rules are made with is not installed."""
 
 
-async def run(argv: Sequence[str], data: bytes = b"") -> tuple[int, str, str]:
+async def run(argv: Sequence[str], data: bytes = b"", *, owner: str = "") -> tuple[int, str, str]:
     """Exit code, output, and errors in one bounded line. Raises ProgramMissing, TimeoutError."""
-    pipe = asyncio.subprocess.PIPE
+    pipe, environment = asyncio.subprocess.PIPE, {"PATH": PATH} | ({"CNI_CONTAINERID": owner} if owner else {})
     try:
-        process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe, stderr=pipe, env={"PATH": PATH}, cwd="/")
+        process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, cwd="/")
     except OSError as error:
         if error.errno != errno.ENOENT:
             raise
