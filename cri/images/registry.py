@@ -85,6 +85,7 @@ class Registry:
         self._sessions: dict[Endpoint | None, aiohttp.ClientSession] = {}
         self._authorization: dict[Endpoint, tuple[str, float]] = {}  # header value, monotonic time of expiry
         self._locks: dict[Endpoint, asyncio.Lock] = {}
+        self._plain: set[str] = set()  # hosts that answered in plain HTTP after TLS had failed
 
     async def __aenter__(self) -> Registry:
         return self
@@ -196,12 +197,19 @@ class Registry:
         """The first success, endpoint by endpoint; failures that may pass are tried again, without limit while bytes arrive."""
         attempts: list[Attempt] = []
         for endpoint in self.endpoints:
-            if capability not in endpoint.capabilities or (endpoint.only_after_tls_failure and not (attempts and attempts[-1].tls)):
+            known_plain = endpoint.host in self._plain
+            after_tls = endpoint.only_after_tls_failure
+            if capability not in endpoint.capabilities or (after_tls and not (known_plain or (attempts and attempts[-1].tls))):
                 continue
+            if known_plain and not after_tls:
+                continue  # it had no TLS a moment ago; asking again for each document was a quarter of a small pull
             tries, reached = 0, progress()
             while True:
                 try:
-                    return await fetch(endpoint)
+                    result = await fetch(endpoint)
+                    if after_tls:
+                        self._plain.add(endpoint.host)
+                    return result
                 except EndpointError as error:
                     tries = 0 if progress() > reached else tries + 1
                     reached = progress()

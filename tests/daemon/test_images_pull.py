@@ -638,3 +638,30 @@ async def test_a_record_that_lost_something_is_dropped(store: Images, registry: 
     assert [i.id for i in again.list()] == [made[3].id]
     assert {m.chain_id for m in again.snapshots.all()} == set(made[3].chain_ids)
     await again.close()
+
+
+async def test_tls_is_tried_once_where_there_is_none(store: Images) -> None:
+    """A registry on the loopback without a configuration: HTTPS first, and what was found out then holds for the rest of the pull."""
+    image = images.many_layers(4)
+    with Fake() as fake:
+        fake.add(image, "latest")
+        accepted = fake._server.get_request
+        count = 0
+
+        def counted() -> Any:
+            nonlocal count
+            count += 1
+            return accepted()
+
+        fake._server.get_request = counted  # type: ignore[method-assign]
+        assert (await store.pull(f"{fake.host}/r")).id == image.id
+    assert len(fake.seen) == 6 and count <= 5, "a failed handshake, and at most one connection for each of what is fetched at once"
+
+
+async def test_a_helper_that_died_is_replaced(store: Images, registry: DockerRegistry) -> None:
+    first, second = (registry.push(small(f"helper-{n}"), f"helper-{n}") for n in range(2))
+    await store.pull(first)
+    async with store.pulls._helper.lease() as unpacker:
+        os.kill(unpacker._process.pid, 9)
+        await unpacker._process.wait()
+    assert (await store.pull(second)).id
