@@ -61,6 +61,14 @@ class Partials:
         """Layers that are published for pulls that have not ended."""
         return {chain_id for intent in self._pulls.values() for chain_id in intent.chain_ids}
 
+    def usage(self) -> tuple[int, int]:
+        """(bytes, inodes) on disk."""
+        size = inodes = 0
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                size, inodes = size + entry.stat(follow_symlinks=False).st_blocks * 512, inodes + 1
+        return size, inodes
+
     # -- pulls
 
     def begin(self, manifest: str, chain_ids: tuple[str, ...], blobs: tuple[str, ...]) -> None:

@@ -109,6 +109,10 @@ class Pulls:
         """Chain ids that garbage collection must leave: of pulls that run, and of those that were cut short not long ago."""
         return set(self.keep) | self._partials.chain_ids()
 
+    def kept(self) -> tuple[int, int]:
+        """(bytes, inodes) of layers that have not arrived whole."""
+        return self._partials.usage()
+
     def progress(self) -> list[Progress]:
         return [*self._resolving, *(w.progress for w in self._work.values())]
 

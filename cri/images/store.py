@@ -30,7 +30,7 @@ from cri.images.shared import Shared, intact
 from cri.images.snapshots import Snapshots
 from cri.images.source import Source
 from cri.images.trust import Trust
-from cri.images.usage import Containers, FsInfo, measure
+from cri.images.usage import Containers, FsInfo, Usage, measure
 from shim.errors import Failure
 from shim.oci.bundle import Recipe
 
@@ -301,7 +301,9 @@ class Images:
     async def fs_info(self) -> FsInfo:
         """Usage of the image and container file systems."""
         documents = sum(1 for _ in self._documents_dir.iterdir())
-        return await measure(self.root, self.snapshots, self._usage, documents + len(self._records))
+        found = await measure(self.root, self.snapshots, self._usage, documents + len(self._records))
+        size, inodes = self.pulls.kept()
+        return replace(found, images=Usage(found.images.bytes + size, found.images.inodes + inodes))
 
     # -- records ------------------------------------------------------------------------------------------------------------
 

@@ -96,6 +96,7 @@ async def test_a_partial_is_not_trusted(tmp_path: Path, damage: str) -> None:
         with pytest.raises(CriError):
             await store.pull(f"{fake.host}/r")
         (blob,) = (tmp_path / "images/partials").glob("*.blob")
+        assert (await store.fs_info()).images.bytes >= blob.stat().st_blocks * 512 > 0, "it counts as used"
         data = bytearray(blob.read_bytes())
         data[1000] ^= 1
         blob.write_bytes(data if damage == "flipped" else bytes(total(image) + 1))
