@@ -209,14 +209,25 @@ class Supervisor:
     # ---- exec sessions
 
     async def exec(
-        self, container_id: str, exec_id: str, process: Process, *, stdin: int | None, stdout: int | None, stderr: int | None
+        self,
+        container_id: str,
+        exec_id: str,
+        process: Process,
+        *,
+        stdin: int | None,
+        stdout: int | None,
+        stderr: int | None,
+        until: float | None = None,
     ) -> ExecSession:
-        """Run a process; the fds stay the caller's, who closes its copies after this. Raises Failure when execve fails."""
+        """Run a process; the fds stay the caller's, who closes its copies after this. Raises Failure when execve fails.
+
+        After ``until`` (of the event loop's clock) it is not begun any more, and fails with ETIMEDOUT.
+        """
         given = {name: fd for name, fd in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)) if fd is not None}
         self._starting[exec_id] = None
         try:
             try:
-                ok, fds = await self._exec(container_id, exec_id, process, given)
+                ok, fds = await self._exec(container_id, exec_id, process, given, until)
             except Failure as failure:
                 raise payloads.named(failure, process) from None
         finally:
@@ -228,10 +239,12 @@ class Supervisor:
         return session
 
     async def _exec(
-        self, container_id: str, exec_id: str, process: Process, given: dict[str, int]
+        self, container_id: str, exec_id: str, process: Process, given: dict[str, int], until: float | None
     ) -> tuple[dict[str, Any], dict[str, int]]:
         """By the agent, unless the container or the session is known, or turns out, to need the long way."""
-        fields = {"id": exec_id, "container": container_id, "tty": process.terminal}
+        fields: dict[str, Any] = {"id": exec_id, "container": container_id, "tty": process.terminal}
+        if until is not None:
+            fields["until"] = until
         if not process.terminal and container_id not in self._long_way:
             try:
                 with payloads.block(process) as block:

@@ -265,7 +265,7 @@ OPERATIONS: dict[str, Operation] = {
     "container.update": Operation(_ID, fds=(1, 1), repeatable=True),
     "container.resize": Operation({"id": str, "height": int, "width": int}, repeatable=True),
     "reaped": Operation({"pid": int, "status": int}, repeatable=True),
-    "exec.start": Operation({"id": str, "container": str, "tty": bool, "fds": list}, {"facts": str}, fds=(1, 4)),
+    "exec.start": Operation({"id": str, "container": str, "tty": bool, "fds": list}, {"facts": str, "until": float}, fds=(1, 4)),
     "exec.adopt": Operation({"id": str, "container": str, "pid": int}, fds=(1, 1), repeatable=True),
     "exec.kill": Operation({"id": str, "signal": int, "tree": bool}, repeatable=True),
     "exec.resize": Operation({"id": str, "height": int, "width": int}, repeatable=True),

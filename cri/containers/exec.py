@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import os
 import secrets
 import signal
@@ -53,14 +54,13 @@ async def exec_sync(request: v1.ExecSyncRequest, *, containers: Containers, supe
             if not limit.expired():
                 raise
             await run.kill()
-            # The words and the code that the kubelet takes for a probe that timed out.
-            raise DeadlineExceeded(
-                f"failed to exec in container: timeout {go_duration(request.timeout)} exceeded: context deadline exceeded"
-            ) from None
+            raise _late(request.timeout) from None
         except asyncio.CancelledError:  # the client has gone: nobody will read the output
             await run.kill()
             raise
-        except Failure:
+        except Failure as failure:
+            if failure.errno == errno.ETIMEDOUT and failure.operation == "":  # the supervisor's clock was a little ahead of our timer
+                raise _late(request.timeout) from None
             await _refuse_if_ended(container)
             raise
         stdout, stderr = run.output()
@@ -68,6 +68,11 @@ async def exec_sync(request: v1.ExecSyncRequest, *, containers: Containers, supe
     finally:
         container.execs.discard(exec_id)
         run.close()
+
+
+def _late(seconds: int) -> DeadlineExceeded:
+    """The words and the code that the kubelet takes for a probe that timed out."""
+    return DeadlineExceeded(f"failed to exec in container: timeout {go_duration(seconds)} exceeded: context deadline exceeded")
 
 
 async def _refuse_if_ended(container: Container) -> None:
@@ -123,7 +128,9 @@ class _Run:
         stdout, stderr = self._streams
         # Shielded: an exec that is over before its process exists could not be killed.
         self._starting = asyncio.ensure_future(
-            self._supervisor.exec(container_id, self._id, process, stdin=None, stdout=stdout.write_fd, stderr=stderr.write_fd)
+            self._supervisor.exec(
+                container_id, self._id, process, stdin=None, stdout=stdout.write_fd, stderr=stderr.write_fd, until=limit.when()
+            )
         )
         session = await asyncio.shield(self._starting)
         for stream in self._streams:

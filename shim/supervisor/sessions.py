@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from typing import Any
 
 from shim import cgroups, wire
@@ -26,8 +27,13 @@ PATIENCE = 20.0  # s for a program to be executed, after which its process is ki
 async def start(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     """Run a process. The answer comes when its execve has succeeded and carries its pidfd and, for a terminal, the console.
 
-    The first fd is a ``block`` with the facts beside it, for the agent, or a ``payload`` with the whole process.
+    The first fd is a ``block`` with the facts beside it, for the agent, or a ``payload`` with the whole process. With ``until`` (seconds of
+    CLOCK_MONOTONIC) an order that is read later is refused: on a node that has too much to do, running what nobody waits for any more
+    would make everything behind it late, too, and no probe would ever be in time.
     """
+    until = request.body.get("until")
+    if until is not None and time.monotonic() >= until:
+        raise Failure("exec", errno=errno.ETIMEDOUT, path=request.id, message="its time was over before it began")
     container = core.table.running(request.body["container"])
     if container.process is None or container.group is None or request.id in core.table.sessions:
         raise Failure("exec", path=request.id, message="the session exists")

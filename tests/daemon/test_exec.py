@@ -215,3 +215,18 @@ def test_an_exec_that_meets_the_containers_end_says_so(daemon: Daemon, pod: Pod,
             for one in probes:
                 one.result()
     assert {error.code() for error in refused} == {grpc.StatusCode.FAILED_PRECONDITION}, {error.details() for error in refused}
+
+
+def test_what_nobody_waits_for_any_more_is_not_run(daemon: Daemon, container: str) -> None:
+    """A supervisor that is behind drops exec sessions whose time is over, instead of making those behind them late as well."""
+    supervisor = daemon.pids().supervisor
+    assert supervisor is not None
+    os.kill(supervisor, signal.SIGSTOP)
+    try:
+        with pytest.raises(grpc.RpcError) as late:
+            daemon.exec(container, "touch", "/tmp/late", timeout=1)
+    finally:
+        os.kill(supervisor, signal.SIGCONT)
+    assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "timeout 1s exceeded" in str(late.value.details())
+    assert daemon.exec(container, "test", "-e", "/tmp/late").exit_code == 1
