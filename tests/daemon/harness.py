@@ -230,7 +230,7 @@ class Daemon:
     def close(self) -> None:
         """Stop everything this daemon started, by pid, and remove every trace; never raises for what a test has broken."""
         if self.process is not None and self.process.poll() is None:
-            with contextlib.suppress(grpc.RpcError):
+            with contextlib.suppress(grpc.RpcError, AttributeError):  # it may never have served
                 self.remove_pods()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.kill(signal.SIGTERM, 10)

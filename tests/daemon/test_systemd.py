@@ -8,29 +8,42 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from protos.runtime.v1 import api_pb2 as v1
 from tests.daemon import builders
-from tests.daemon.harness import REPOSITORY, Daemon, Node, running, wait_for
+from tests.daemon.harness import REPOSITORY, Daemon, Node, wait_for
 from tests.registry import DockerRegistry
 
 pytestmark = [pytest.mark.systemd, pytest.mark.skipif(not Path("/run/systemd/system").is_dir(), reason="systemd is not PID 1")]
 MIB = 1 << 20
+_START = 120  # s for a daemon to serve, in an emulated machine that shares its processors
 
 
 @pytest.fixture(scope="module")
 def daemon(node: Node) -> Iterator[Daemon]:
-    with running(node, driver="systemd") as daemon:
+    daemon = Daemon(node, driver="systemd")
+    try:
+        daemon.start(_START)
         yield daemon
+    finally:
+        daemon.close()
 
 
 def systemctl(*argv: str) -> str:
-    return subprocess.run(["systemctl", *argv], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(["systemctl", *argv], check=True, capture_output=True, text=True, timeout=_START).stdout
 
 
+
+
+def privileged_pod(daemon: Daemon, **fields: Any) -> tuple[str, v1.PodSandboxConfig]:
+    """One that privileged containers may be in, too."""
+    config = daemon.pod_config(**fields)
+    config.linux.security_context.privileged = True
+    return daemon.run_pod(config)
 
 
 def test_the_kubelet_is_told(daemon: Daemon) -> None:
@@ -40,7 +53,7 @@ def test_the_kubelet_is_told(daemon: Daemon) -> None:
 
 
 def test_a_pods_life(daemon: Daemon, busybox: str) -> None:
-    pod = daemon.run_pod(shared_pid=True, annotations={"org.systemd.property.CPUWeight": "uint64 1", "CollectMode": "'inactive'"})
+    pod = privileged_pod(daemon, shared_pid=True, annotations={"org.systemd.property.CPUWeight": "uint64 1", "CollectMode": "'inactive'"})
     slice_name = pod[1].linux.cgroup_parent.rpartition("/")[2]
     memory = v1.LinuxContainerResources(memory_limit_in_bytes=64 * MIB, cpu_shares=512, cpu_quota=20000, cpu_period=100000)
     annotations = {"org.systemd.property.MemoryMax": "uint64 4096", "org.systemd.property.DevicePolicy": "'auto'"}
@@ -62,7 +75,8 @@ def test_a_pods_life(daemon: Daemon, busybox: str) -> None:
     daemon.runtime.UpdateContainerResources(v1.UpdateContainerResourcesRequest(container_id=container, linux=update), timeout=30)
     systemctl("daemon-reload")
     assert str(96 * MIB) in systemctl("show", unit, "--property=MemoryMax", "--property=MemoryLimit")
-    daemon.restart()
+    daemon.kill()
+    daemon.start(_START)
     daemon.kill_supervisor()
     wait_for("another supervisor", lambda: daemon.pids().supervisor, 60)
     assert daemon.exec(container, "echo", "still").stdout == b"still\n"
@@ -94,7 +108,7 @@ echo $(try sh -c ': >/dev/null') $(try head -c 1 /dev/zero) $(try head -c 1 /dev
 
 def test_devices_survive_a_reload(daemon: Daemon, busybox: str) -> None:
     """Scenario 51: what is allowed stays allowed, and what is not does not become so."""
-    pod = daemon.run_pod()
+    pod = privileged_pod(daemon)
     container = daemon.run(pod, busybox, "sleep", "1000")
     privileged = daemon.run(pod, busybox, "sleep", "1000", security=v1.LinuxContainerSecurityContext(privileged=True))
     for reload in (False, True):
@@ -111,8 +125,9 @@ def test_the_service_is_restarted(node: Node, registry: DockerRegistry) -> None:
     service = Path(f"/run/systemd/system/crishim-test-{os.getpid()}.service")
     daemon.config.write_text(daemon.config.read_text().replace(f'runtime_cgroup = "{daemon.slice}.slice"', ""))
     service.write_text(
-        f"[Service]\nType=notify\nKillMode=process\nDelegate=yes\nTimeoutStartSec=120\nNetworkNamespacePath={node.netns}\n"
-        f"Environment=PYTHONPATH={REPOSITORY} HOME=/root\nExecStart={sys.executable} -m cri.cli serve --config {daemon.config}\n"
+        f"[Service]\nType=notify\nKillMode=process\nDelegate=yes\nTimeoutStartSec={_START}\n"
+        f"Environment=PYTHONPATH={REPOSITORY} HOME=/root TMPDIR={os.environ.get('TMPDIR', '/tmp')}\n"
+        f"ExecStart={' '.join(daemon.node.command(sys.executable, '-m', 'cri.cli', 'serve', '--config', str(daemon.config)))}\n"
         f"StandardOutput=append:{daemon.log}\nStandardError=append:{daemon.log}\n"
     )
     try:
@@ -132,6 +147,9 @@ def test_the_service_is_restarted(node: Node, registry: DockerRegistry) -> None:
         assert daemon.container(container).state == v1.CONTAINER_RUNNING
         assert daemon.exec(container, "echo", "on").stdout == b"on\n"
         daemon.remove_pods()
+    except BaseException:
+        print(daemon.tail())
+        raise
     finally:
         subprocess.run(["systemctl", "stop", service.name], check=False)
         service.unlink()
