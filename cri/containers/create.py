@@ -110,8 +110,6 @@ class _Maker:
         operation.enter("root file system")
         undo.push("release snapshot", partial(self.images.release, container_id))
         recipe = await self.images.prepare(image, container_id, [one.image for one in shown])
-        if shown:
-            recipe = replace(recipe, volumes=image_volumes.recipes(shown, self.images))
         volumes = self._volumes(container_id, image, undo)
 
         operation.enter("bundle")
@@ -121,6 +119,8 @@ class _Maker:
         facts.cgroups_path = spec.linux.cgroups_path
         await cdi.move_interfaces(edits, pod, self.supervisor)
         undo.push("remove bundle", partial(remove_directory, directory))
+        if shown:
+            recipe = replace(recipe, volumes=image_volumes.recipes(shown, self.images, labelled=bool(spec.linux.mount_label)))
         if label := spec.linux.mount_label:
             await relabel.volumes(config.mounts, label)
             for volume in volumes.values():

@@ -46,9 +46,13 @@ def _name(image: v1.ImageSpec) -> str:
     return image.user_specified_image or image.image
 
 
-def recipes(found: list[Found], images: Images) -> tuple[Volume, ...]:
-    """What to show where; the images must be kept by something for as long as it is shown."""
-    return tuple(Volume(one.destination, images.view(one.image).lower, one.sub_path) for one in found)
+def recipes(found: list[Found], images: Images, *, labelled: bool = False) -> tuple[Volume, ...]:
+    """What to show where; the images must be kept by something for as long as it is shown. ``labelled``: with an SELinux label, which only
+    a file system of its own can have: so one layer alone, which would be bound, gets an empty one below it."""
+    empty = images.snapshots.view(()).lower if labelled else ()
+    lowers = [images.view(one.image).lower for one in found]
+    lowers = [lower if len(lower) > 1 else (*lower, *empty) for lower in lowers]
+    return tuple(Volume(one.destination, lower, one.sub_path) for one, lower in zip(found, lowers, strict=True))
 
 
 def explain(failure: Failure, found: list[Found]) -> CriError | None:

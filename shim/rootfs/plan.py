@@ -85,6 +85,7 @@ class ImageVolume:
     sub_path: str
     attributes: int
     mappings: Mappings | None = None
+    label: str = ""  # SELinux; for it the layers must be two at least, as a bind has none of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,9 +258,8 @@ class _Builder:
             raise Failure("plan root", "mount", path=destination, message="the recipe has no image for it")
         if destination in _ALLOWED_ON or destination.startswith("/proc/"):
             raise Failure("plan root", "mount", path=destination, message="this place may not show an image")
-        return ImageVolume(
-            destination, volume.lower, volume.sub_path, options.set | options.recursive_set | IMAGE_ATTRIBUTES, _mappings(mount)
-        )
+        attributes, label = options.set | options.recursive_set | IMAGE_ATTRIBUTES, self.spec.linux.mount_label
+        return ImageVolume(destination, volume.lower, volume.sub_path, attributes, _mappings(mount), label)
 
     def _filesystem(self, destination: str, mount: Mount, options: Options) -> None:
         kind = mount.type

@@ -36,7 +36,8 @@ def prepare(op: ImageVolume, namespaces: idmap.Namespaces) -> int:
     owner = (0, 0) if op.mappings is None else idmap.root_ids(op.mappings)
     fd = -1
     try:
-        fd = overlay.root_mount(Recipe("overlay", op.lower), userns, owner)
+        options = (f"context={op.label}",) if op.label else ()
+        fd = overlay.root_mount(Recipe("overlay", op.lower, options=options), userns, owner)
         if op.sub_path:
             whole, fd = fd, _directory(fd, op.sub_path, op.lower[0])
             os.close(whole)

@@ -141,7 +141,7 @@ def test_an_artifact_as_a_volume(daemon: Daemon, registry: DockerRegistry, pod: 
     assert reference in {tag for listed in daemon.images.ListImages(v1.ListImagesRequest(), timeout=10).images for tag in listed.repo_tags}
     mounts = (volume(reference), volume(reference, "/c", image_sub_path="conf"))
     user = v1.LinuxContainerSecurityContext(run_as_user=v1.Int64Value(value=1000))
-    container = daemon.run(pod, busybox, "sleep", "60", mounts=mounts, security=user)
+    container = daemon.run(pod, busybox, "sleep", "600", mounts=mounts, security=user)
     script = "cd /vol; find . -type f | sort; wc -c < weights.bin; cat /c/model.json; ls -ld . conf; touch x"
     shown = daemon.exec(container, "sh", "-c", script)
     lines = shown.stdout.decode().splitlines()

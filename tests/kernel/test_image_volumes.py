@@ -113,6 +113,14 @@ def test_one_layer_and_a_missing_one(box: Box, layers: tuple[str, ...], tmp_path
 
 
 @pytest.mark.usefixtures("way")
+def test_one_layer_on_an_empty_one(box: Box, layers: tuple[str, ...], tmp_path: Path) -> None:
+    """What a single layer needs to have an SELinux label: a file system of its own. (No kernel here has SELinux to label it.)"""
+    (tmp_path / "empty").mkdir()
+    found = show(box, (layers[1], str(tmp_path / "empty")), f"ls {AT}; grep ' {AT} ' /proc/self/mountinfo; touch {AT}/x", "dir")
+    assert found.lines[:2] == ["deep", "one"] and " overlay " in found.lines[2] and "Read-only" in found.out
+
+
+@pytest.mark.usefixtures("way")
 def test_several_volumes_of_the_containers_own_layers(box: Box, layers: tuple[str, ...]) -> None:
     root = replace(box.recipe(), lower=(str(box.image), *layers))
     shown = tuple(Volume(f"/v{i}", layers, sub) for i, sub in enumerate(("", "dir", "dir/deep", "")))

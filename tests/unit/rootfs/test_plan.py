@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 
 import pytest
 
 from shim.errors import Failure
 from shim.linux import mount as m
-from shim.oci.bundle import Recipe
+from shim.oci.bundle import Recipe, Volume
 from shim.oci.spec import Device, IDMapping, Linux, Mount, Namespace, NamespaceType, Process, Root, Spec
 from shim.rootfs import plan as p
 from shim.rootfs.devices import Node
@@ -243,3 +244,10 @@ def test_file_systems_with_a_source_are_made_on_the_host() -> None:
     assert isinstance(memory, p.Filesystem)
     assert (disk.on_the_host, memory.on_the_host) == (True, False)
     assert disk.options["source"] == "/dev/sdb"
+
+
+def test_image_volumes() -> None:
+    """Read-only whatever the options say; with the label of the container's file systems."""
+    recipe = replace(RECIPE, volumes=(Volume("/v/", ("/a", "/b"), "x"),))
+    made = p.plan(spec(Mount("/v", "image", "id", ("rw", "suid", "noexec")), mount_label="u:r:t:s0:c1,c2"), recipe, cgroup_version=2)
+    assert only(made, "/v") == p.ImageVolume("/v", ("/a", "/b"), "x", p.IMAGE_ATTRIBUTES | m.MOUNT_ATTR_NOEXEC, None, "u:r:t:s0:c1,c2")
