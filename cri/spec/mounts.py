@@ -20,6 +20,7 @@ DEFAULTS = (
     oci.Mount("/sys/fs/cgroup", "cgroup", "cgroup", ("nosuid", "noexec", "nodev", "relatime", "ro")),
 )
 SHM = "pod:shm"  # arrives by fd
+POD_FILE = "pod:"  # before a file of ours: its content, on the pod's own file system, which is too small to hurt (CVE-2020-8557)
 
 _PROPAGATION = {
     v1.PROPAGATION_PRIVATE: "rprivate",
@@ -74,7 +75,7 @@ def _writable(mount: oci.Mount) -> oci.Mount:
 
 def _of_the_pod(mount: oci.Mount, users: tuple[oci.IDMapping, oci.IDMapping] | None) -> oci.Mount:
     """What we made for the pod looks its root's in its user namespace."""
-    if users is None or not mount.source.startswith("/") or mount.destination == "/dev/shm":
+    if users is None or not mount.source.startswith(("/", f"{POD_FILE}/")) or mount.destination == "/dev/shm":
         return mount
     return replace(mount, uid_mappings=users[:1], gid_mappings=users[1:])
 
@@ -91,7 +92,7 @@ def _files(inputs: ContainerInputs) -> Iterable[oci.Mount]:
         ("/etc/resolv.conf", inputs.files.resolv_conf),
     ):
         if source:
-            yield oci.Mount(destination, "bind", source, ("rbind", "rprivate", access))
+            yield oci.Mount(destination, "bind", f"{POD_FILE}{source}", ("rbind", "rprivate", access))
 
 
 def _shm(inputs: ContainerInputs) -> Iterable[oci.Mount]:

@@ -11,7 +11,7 @@ from shim.linux import libc
 from shim.linux import mount as m
 
 EMPTY = "/empty"  # stays empty: bound over directories that are masked
-DIRECTORIES = ("empty", "proc", "shm", "sys")  # the others are where a pod's own mounts go
+DIRECTORIES = ("empty", "etc", "proc", "shm", "sys")  # the others are where a pod's own mounts go
 
 
 def private_proc() -> int:

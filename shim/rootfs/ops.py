@@ -11,9 +11,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from shim.errors import Failure
 from shim.linux import mount as m
@@ -74,16 +75,23 @@ class Prepared:
 # ---- on the host's side
 
 
-def prepare(ops: Sequence[Op], recipe: Recipe, *, shm_fd: int | None = None, userns_fd: int | None = None) -> Prepared:
-    """Detached mounts for everything that has a host path. ``shm_fd`` is a detached mount and is used up; ``userns_fd`` is the pod's
-    user namespace. Raises Failure naming the source."""
+def prepare(
+    ops: Sequence[Op],
+    recipe: Recipe,
+    *,
+    shm_fd: int | None = None,
+    files: Mapping[str, int] = MappingProxyType({}),
+    userns_fd: int | None = None,
+) -> Prepared:
+    """Detached mounts for everything that has a host path. ``shm_fd`` and, by source, ``files`` are detached mounts and are used up;
+    ``userns_fd`` is the pod's user namespace. Raises Failure naming the source."""
     prepared = Prepared(-1)
     namespaces = idmap.Namespaces(userns_fd, next((op.mappings for op in ops if isinstance(op, Root)), None))
     try:
         for index, op in enumerate(ops):
             if isinstance(op, Bind):
                 try:
-                    _prepare_bind(prepared, index, op, shm_fd, namespaces)
+                    _prepare_bind(prepared, index, op, shm_fd, files, namespaces)
                 except OSError as error:
                     raise _failed("mount source", error, op.source) from None
             elif isinstance(op, Filesystem) and op.on_the_host:
@@ -114,12 +122,16 @@ def prepare(ops: Sequence[Op], recipe: Recipe, *, shm_fd: int | None = None, use
     return prepared
 
 
-def _prepare_bind(prepared: Prepared, index: int, op: Bind, shm_fd: int | None, namespaces: idmap.Namespaces) -> None:
+def _prepare_bind(
+    prepared: Prepared, index: int, op: Bind, shm_fd: int | None, files: Mapping[str, int], namespaces: idmap.Namespaces
+) -> None:
     if op.source == SHM:
         if shm_fd is None or shm_fd in prepared.mounts.values():
             raise Failure(_PHASE, "mount", path=op.destination, message="the pod has no shared /dev/shm, or it is mounted twice")
         prepared.mounts[index] = fd = shm_fd
         prepared.directories.add(index)
+    elif op.source in files and files[op.source] not in prepared.mounts.values():
+        prepared.mounts[index] = fd = files[op.source]
     else:
         if op.propagation in (m.MS_SHARED, m.MS_SLAVE):
             _require_peers(op)

@@ -30,7 +30,8 @@ class Context:
 @dataclass(frozen=True, slots=True)
 class PodHandles:
     """A pod's namespaces, by fd; None where the pod uses the host's. ``mount`` is the pod's own small mount namespace: /shm is its
-    /dev/shm and, where the PID namespace is shared, /proc is a procfs of it. Containers' mount namespaces are unshared from it.
+    /dev/shm, /etc has its files (``podfiles``) and, where the PID namespace is shared, /proc is a procfs of it. Containers' mount
+    namespaces are unshared from it.
 
     A mount held as a detached tree would do for new kernels only: before 6.15 a detached tree cannot be cloned again.
     """

@@ -27,7 +27,7 @@ from shim.oci.bundle import Recipe
 from shim.oci.spec import NamespaceType, Process, Spec, User
 from shim.rootfs import ops as rootfs
 from shim.rootfs import plan as rootfs_plan
-from shim.runtime import bare, hooks, inside, kept, launch, listener, namespaces, pins, sysctl
+from shim.runtime import bare, hooks, inside, kept, launch, listener, namespaces, pins, podfiles, sysctl
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context, PodHandles
 from shim.runtime.final import Final
@@ -125,7 +125,10 @@ class Stage1:
         self.operations = rootfs_plan.plan(spec, self.recipe, cgroup_version=self.group.version, cgroup_paths=paths)
         if paths:
             self.making.finish()  # the container's mounts may be of its directories
-        self.prepared = rootfs.prepare(self.operations, self.recipe, shm_fd=shm, userns_fd=self.user)
+        files = podfiles.clones(
+            (m.source for m in spec.mounts if m.source.startswith(podfiles.PREFIX)), self.job.pod.mount, context.host_mntns
+        )
+        self.prepared = rootfs.prepare(self.operations, self.recipe, shm_fd=shm, files=files, userns_fd=self.user)
         self.making.finish()
         self.oom_fds = oom.watch(self.group)
         if kept_.root is not None and any(m.type == "cgroup" and "ro" not in m.options for m in spec.mounts):

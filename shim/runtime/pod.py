@@ -20,7 +20,7 @@ from shim.oci import validate
 from shim.oci.sandbox import Sandbox
 from shim.oci.spec import NamespaceType
 from shim.rootfs import idmap
-from shim.runtime import launch, namespaces, pid1, sysctl, userns
+from shim.runtime import launch, namespaces, pid1, podfiles, sysctl, userns
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
 
@@ -112,12 +112,13 @@ class Pod:
         return fds
 
     def _mount_namespace(self, sandbox: Sandbox) -> int:
-        """A mount namespace for the pod with its /dev/shm at /shm; containers' namespaces start as copies of it."""
+        """A mount namespace for the pod with its /dev/shm at /shm and its files at /etc; containers' namespaces start as copies of it."""
         libc.setns(self.context.lean_mntns, libc.CLONE_NEWNS)
         libc.unshare(libc.CLONE_NEWNS)
         if sandbox.shm_size:
             attributes = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
             mount.attach(mount.new_filesystem("tmpfs", shm_options(sandbox), attributes), "/shm")
+        podfiles.attach(self.directory)
         return self._own("mnt")
 
     def _own(self, name: str) -> int:

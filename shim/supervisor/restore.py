@@ -16,7 +16,7 @@ from shim.oci import bundle as bundles
 from shim.oci.sandbox import Sandbox
 from shim.oci.spec import NamespaceType
 from shim.rootfs import idmap
-from shim.runtime import namespaces, sysctl, userns
+from shim.runtime import namespaces, podfiles, sysctl, userns
 from shim.runtime import pod as making
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context
@@ -84,6 +84,7 @@ class Restore:
         if shm is not None:
             mount.attach(shm, "/shm")
             os.close(shm)
+        podfiles.attach(self.directory)
         if NamespaceType.USER in sandbox.namespaces:
             userns.show(mount.new_proc() if proc is None else proc)
         elif proc is not None:

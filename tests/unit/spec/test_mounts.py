@@ -59,7 +59,7 @@ def test_plain() -> None:
     found = build()
     assert [m.destination for m in found.mounts] == [*DEFAULTS, "/etc/hostname", "/etc/hosts", "/etc/resolv.conf", "/dev/shm"]
     assert at(found, "/dev/shm") == Mount("/dev/shm", "bind", "pod:shm", ("rbind", "rprivate", "rw"))
-    assert at(found, "/etc/hosts") == Mount("/etc/hosts", "bind", "/s/hosts", ("rbind", "rprivate", "rw"))
+    assert at(found, "/etc/hosts") == Mount("/etc/hosts", "bind", "pod:/s/hosts", ("rbind", "rprivate", "rw"))
     assert "ro" in at(found, "/sys").options
     assert "ro" in at(found, "/sys/fs/cgroup").options
     assert found.rootfs_propagation == ""
@@ -185,7 +185,7 @@ def test_volumes() -> None:
     found = build({"container_path": "/data/x", "host_path": "/h"}, volumes={"/data": "/v/0", "data/x/": "/v/1", "/etc/hosts": "/v/2"})
     assert at(found, "/data") == Mount("/data", "bind", "/v/0", ("rbind", "rprivate", "rw", "copyup"))
     assert at(found, "/data/x").source == "/h"  # the request wins over the image
-    assert at(found, "/etc/hosts").source == "/s/hosts"  # and the pod's files do
+    assert at(found, "/etc/hosts").source == "pod:/s/hosts"  # and the pod's files do
 
 
 @pytest.mark.parametrize(
