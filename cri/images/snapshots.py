@@ -137,11 +137,11 @@ class Snapshots:
 
     def commit(self, path: Path, meta: Meta) -> None:
         """Publish an unpacked layer under its chain id."""
-        files.write_json(path / "meta.json", meta)
         try:
+            files.write_json(path / "meta.json", meta)
             path.rename(self.directory / name_of(meta.chain_id))
         except OSError as error:
-            raise Failure.wrap("commit snapshot", "rename", error, str(path)) from error
+            raise Failure.wrap("commit snapshot", "write", error, str(path)) from error
         self._known[meta.chain_id] = meta
 
     def abandon(self, path: Path) -> None:

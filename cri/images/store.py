@@ -248,9 +248,12 @@ class Images:
         )
         # An artifact's config says nothing, and two artifacts may have the same.
         config_digest = image.manifest_digest if kind else pulled.manifest.config.digest
-        for name, body in {config_digest: pulled.config, image.manifest_digest: pulled.document.body}.items():
-            if not intact(self._own(name), name):
-                files.write(self._own(name), body)
+        try:
+            for name, body in {config_digest: pulled.config, image.manifest_digest: pulled.document.body}.items():
+                if not intact(self._own(name), name):
+                    files.write(self._own(name), body)
+        except OSError as error:
+            raise Failure.wrap("record image", "write", error, str(self._documents_dir)) from error
         kept = tuple(dict.fromkeys((*signatures, *(known.signatures if known else ()))))[:_SIGNATURES]
         record = Record(image, pulled.manifest.media_type, config_digest, tuple(layer.digest for layer in pulled.manifest.layers), kept)
         self._save(record)
