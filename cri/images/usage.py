@@ -72,24 +72,13 @@ class Containers:
 
 
 async def measure(root: Path, snapshots: Snapshots, containers: Containers, files: int) -> FsInfo:
-    """Images from what unpacking recorded, with ``files`` small files beside them, and parts of layers as they are; containers measured."""
+    """Images from what unpacking recorded, with ``files`` small files beside them; containers measured."""
     layers = list(snapshots.all())
-    parts = _files(root / "partials")
     images = Usage(
-        sum(m.bytes for m in layers) + len(layers) * _OWN_BYTES + files * _SMALL + parts.bytes,
-        sum(m.inodes for m in layers) + len(layers) * _OWN_INODES + files + parts.inodes,
+        sum(m.bytes for m in layers) + len(layers) * _OWN_BYTES + files * _SMALL,
+        sum(m.inodes for m in layers) + len(layers) * _OWN_INODES + files,
     )
     return FsInfo(time.time_ns(), str(root), images, await containers.total())
-
-
-def _files(directory: Path) -> Usage:
-    """Of a directory with a few files."""
-    try:
-        with os.scandir(directory) as entries:
-            found = [e.stat(follow_symlinks=False) for e in entries]
-    except FileNotFoundError:
-        return Usage(0, 0)  # also if one went while we looked; the next time will tell
-    return Usage(sum(f.st_blocks for f in found) * _BLOCK, len(found))
 
 
 def walk(top: Path) -> Usage:
