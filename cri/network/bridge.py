@@ -24,6 +24,7 @@ from cri.network import conntrack, nat
 from cri.network.base import PodNetwork, Result, Status
 from cri.network.ipam import Address, HostPort, Interface, Reservation, Reservations, Subnet, gateway, parse_subnets
 from cri.network.netlink import Socket
+from cri.state import failpoints
 from cri.undo import Undo
 from shim.errors import Failure
 from shim.linux import path as paths
@@ -101,9 +102,11 @@ class BridgeNetwork:
             work = self._connecting[pod.pod_id] = self._submit(self._maker, lambda: self._connect(pod, reservation, netlink))
             await asyncio.shield(work)
             del self._connecting[pod.pod_id]
+            failpoints.hit("add network", "rules")
             if ports:
                 await self._apply_nat()
                 await self._forget_flows(ports)
+        failpoints.hit("add network", "result")
         return Result(
             ips=tuple(str(i.ip) for i in reservation.interfaces),
             raw={
@@ -253,6 +256,7 @@ class BridgeNetwork:
 
         with Socket(netlink_fd) as inside:
             self._reservations.record(reservation)
+            failpoints.hit("add network", "address")
             host = self._socket()
             step, where = "open", pod.netns_path
             try:
@@ -266,6 +270,7 @@ class BridgeNetwork:
                     )
                 finally:
                     os.close(netns)
+                failpoints.hit("add network", "veth")
                 step, where = "configure", POD_LINK
                 index = messages.link_index(inside, POD_LINK)
                 inside.request(
@@ -290,6 +295,7 @@ class BridgeNetwork:
             if reservation.ports:
                 await self._apply_nat()  # first: a port must never lead to the next owner of the address
                 await self._forget_flows(reservation.ports)
+            failpoints.hit("delete network", "veth")
             await self._run(self._deleters, lambda: self._disconnect(reservation))
             self._reservations.forget(pod_id)
         finally:
@@ -302,6 +308,7 @@ class BridgeNetwork:
             (error,) = host.batch([messages.delete_link(reservation.link)])
         if error is not None and error.errno != errno.ENODEV:
             raise Failure.wrap("tear down pod network", "delete link", error, reservation.link)
+        failpoints.hit("delete network", "address")
         self._reservations.erase(reservation.pod_id)
 
     # -- plumbing

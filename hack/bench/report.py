@@ -50,7 +50,8 @@ def markdown(rows: Sequence[Row], endpoints: Sequence[Endpoint]) -> str:
     today = datetime.date.today().isoformat()
     lines = [
         f"Measured {today} by `hack/bench/run` on {machine()}. " + "; ".join(f"{e.name}: {e.version}" for e in endpoints) + ".",
-        "Both in the same network namespace, taking turns; pods use the host network; median unless it says otherwise.",
+        "Both in the same network namespace, taking turns; pods use the host network where no CNI is named; "
+        "median unless it says otherwise.",
         "",
         "| | unit | " + " | ".join(columns) + (" | ratio |" if peer else " |"),
         "|---|---|" + "---:|" * (len(columns) + bool(peer)),

@@ -45,7 +45,7 @@ class Leftovers:
             if top.exists()
         }
         links = daemon.node.run("ip", "-o", "link").stdout
-        return {**listings, "links": links.count(": veth") + links.count("cri-"), "mounts": _mounts(daemon)}
+        return {**listings, "links": links.count(": veth") + links.count(": csv"), "mounts": _mounts(daemon)}
 
     def back(self) -> None:
         wait_for(f"{self.before} again", lambda: self.now() == self.before or self._print())
