@@ -21,13 +21,14 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     **{"mkdirat": (258, 34), "linkat": (265, 37), "symlinkat": (266, 36), "mknodat": (259, 33), "unlinkat": (263, 35)},
     **{"mkdir": (83, None), "link": (86, None), "symlink": (88, None), "mknod": (133, None), "unlink": (87, None), "rmdir": (84, None)},
     **{"fchown": (93, 55), "fchownat": (260, 54), "chown": (92, None), "lchown": (94, None)},
-    **{"fchmod": (91, 52), "fchmodat": (268, 53), "chmod": (90, None), "utimensat": (280, 88)},
+    **{"fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chmod": (90, None), "utimensat": (280, 88)},
     **{"fsetxattr": (190, 7), "lsetxattr": (189, 6), "setxattr": (188, 5)},
     # reports to the helper
     **{"sendmsg": (46, 211), "sendto": (44, 206)},
     # the interpreter
     **{"munmap": (11, 215), "mremap": (25, 216), "madvise": (28, 233), "brk": (12, 214), "futex": (202, 98)},
     **{"rt_sigreturn": (15, 139), "exit": (60, 93), "exit_group": (231, 94), "getrandom": (318, 278), "clock_gettime": (228, 113)},
+    **{"sched_yield": (24, 124), "sched_getaffinity": (204, 123), "sysinfo": (99, 179)},  # locks and allocation of C libraries
     **{"getpid": (39, 172), "gettid": (186, 178), "geteuid": (107, 175), "getegid": (108, 177)},
 }
 _MAPPING: dict[str, tuple[int, int]] = {"mmap": (9, 222), "mprotect": (10, 226)}  # allowed without PROT_EXEC
