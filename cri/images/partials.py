@@ -40,6 +40,7 @@ class Partials:
     def __init__(self, directory: Path, discard: Callable[[Path], None]) -> None:
         self._directory, self._discard = directory, discard
         self._pulls: dict[str, Intent] = {}  # by manifest digest
+        self._no_room: set[str] = set()  # blobs of pulls that found the disk full: without their partials they may fit
 
     def load(self) -> None:
         """Read what there is; what belongs to no pull, or is too old, goes."""
@@ -82,11 +83,12 @@ class Partials:
         except OSError as error:
             raise Failure.wrap("pull", "record partials", error, str(self._directory)) from error
 
-    def end(self, manifest: str) -> None:
-        """The pull is complete, or not worth going on with."""
+    def end(self, manifest: str, *, full: bool = False) -> None:
+        """The pull is complete, or found the disk ``full``: then nothing is kept of it, this time and the next."""
         intent = self._pulls.pop(manifest, None)
         if intent is None:
             return
+        self._no_room = self._no_room.union(intent.blobs) if full else self._no_room.difference(intent.blobs)
         self._path(manifest).unlink(missing_ok=True)
         named = {blob for other in self._pulls.values() for blob in other.blobs}
         for blob in intent.blobs:
@@ -114,7 +116,7 @@ class Partials:
     def take(self, blob: str, size: int) -> Kept | None:
         """The file of a layer of ``size`` bytes, with what there is of it. None: not worth it, or somebody else is writing it. It is
         locked until the last copy of the descriptor is closed, so also for as long as an abandoned child still writes."""
-        if size < WORTH:
+        if size < WORTH or blob in self._no_room:
             return None
         try:
             fd = os.open(self._directory / _name(blob), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -175,7 +175,7 @@ class Pulls:
         error = work.task.exception() if work.task.done() and not work.task.cancelled() else None
         full = isinstance(error, Failure) and error.errno in DISK
         if full or (work.task.done() and not work.task.cancelled() and error is None):
-            self._partials.end(digest)
+            self._partials.end(digest, full=full)
         else:
             asyncio.get_running_loop().call_later(LIFE + 1, self._expire)
         if full:

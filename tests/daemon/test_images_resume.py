@@ -162,3 +162,22 @@ async def test_the_same_blob_twice_at_once(tmp_path: Path) -> None:
         await store.snapshots.settled()
         assert names(store, "partials") == []
         await store.close()
+
+
+async def test_an_image_that_fits_without_its_partials(tmp_path: Path) -> None:
+    """What is kept for a next pull must not be what this one fails for: tried again, it is not kept."""
+    image = random_layers(1, 6 * MIB)
+    mountpoint = tmp_path / "small"
+    mountpoint.mkdir()
+    assert os.system(f"mount -t tmpfs -o size=9m,mode=700 tmpfs {mountpoint}") == 0
+    try:
+        with Fake() as fake:
+            fake.add(image, "latest")
+            store = opened(mountpoint / "images")
+            with pytest.raises(Failure, match="ENOSPC"):
+                await store.pull(f"{fake.host}/r")
+            await store.snapshots.settled()
+            assert (await store.pull(f"{fake.host}/r")).id == image.id
+            await store.close()
+    finally:
+        os.system(f"umount -l {mountpoint}")
