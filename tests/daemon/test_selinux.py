@@ -14,7 +14,7 @@ import pytest
 
 from hack.node import Node
 from protos.runtime.v1 import api_pb2 as v1
-from tests.daemon.harness import Daemon, running
+from tests.daemon.harness import Daemon
 from tests.daemon.selinux_policy import source
 from tests.registry import DockerRegistry
 
@@ -40,10 +40,14 @@ def labelled(node: Node, registry: DockerRegistry, tmp_path_factory: pytest.Temp
     contexts.mkdir(parents=True, exist_ok=True)
     Path("/etc/selinux/config").write_text("SELINUX=permissive\nSELINUXTYPE=mine\n")
     (contexts / "lxc_contexts").write_text('process = "system_u:system_r:container_t:s0"\nfile = "system_u:object_r:container_file_t:s0"\n')
-    with running(node) as daemon:
+    daemon = Daemon(node)
+    try:
+        daemon.start(180)  # this runs in an emulated machine, perhaps on a busy one
         image = f"{registry.host}/busybox:latest"
-        daemon.images.PullImage(v1.PullImageRequest(image=v1.ImageSpec(image=image)), timeout=120)
+        daemon.images.PullImage(v1.PullImageRequest(image=v1.ImageSpec(image=image)), timeout=180)
         yield daemon, image
+    finally:
+        daemon.close()
 
 
 def label(path: Path) -> str:
