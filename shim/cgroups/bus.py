@@ -66,8 +66,9 @@ class Bus:
 
     def alive(self) -> bool:
         """Whether the other end is still there, as far as can be seen without asking."""
+        self._socket.settimeout(0)  # not MSG_DONTWAIT alone: with a timeout, Python waits for data before it calls recv
         try:
-            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+            return bool(self._socket.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
             return True
         except OSError:

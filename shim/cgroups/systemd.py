@@ -26,6 +26,7 @@ from shim.oci.spec import Resources
 _TRANSIENT = "/run/systemd/transient"  # where systemd keeps the definition of a transient unit for as long as it knows it
 _CREATE, _UPDATE, _REMOVE = "create cgroup", "update cgroup", "remove cgroup"
 _COLLECT = 0.02  # s that an empty scope gets to be collected by itself before systemd is asked
+_COMING = 10.0  # s that an empty unit of the runtime's own gets to go
 _ALONE = 2.0  # s, the same where systemd cannot be asked
 
 _warm: Bus | None = None  # connected before there was anything to do
@@ -270,19 +271,40 @@ def enter(layout: Layout, cgroups_path: str) -> None:
     with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
         if any(line.rstrip("\n").endswith(f":{group.path}") for line in file):
             return
-    scope = names.scope(cgroups_path)
     bus = Bus("start supervisor")
+    deadline = time.monotonic() + _COMING
     try:
-        bus.follow(scope.unit)
-        properties = [*units.scope(scope.slice, "cri-shim runtime: supervisor, stdio and helpers", os.getpid()), *units.RUNTIME]
-        job = bus.call("StartTransientUnit", "ssa(sv)a(sa(sv))", scope.unit, "fail", properties, [], unit=scope.unit)[0]
-        result = bus.job(job, "StartTransientUnit", scope.unit)
-        if result != "done":
-            raise Failure("start supervisor", "StartTransientUnit", path=scope.unit, message=f"systemd's job ended as {result!r}")
-    except Refused as refused:
-        if refused.name != UNIT_EXISTS:
-            raise
-        # An earlier supervisor's stdio is in it. It is delegated: who is in it is ours to say.
-        (v1 if group.version == 1 else v2).join(group)
+        while not (_entered_new(bus, names.scope(cgroups_path)) or _entered(group)):
+            # An earlier supervisor's, empty by now and being collected: neither there nor gone.
+            if time.monotonic() >= deadline:
+                raise Failure("start supervisor", path=group.unit, message=f"systemd has not collected the empty unit in {_COMING:g} s")
+            time.sleep(0.02)
     finally:
         bus.close()
+
+
+def _entered_new(bus: Bus, scope: names.Scope) -> bool:
+    """False if there is such a unit already."""
+    bus.follow(scope.unit)
+    properties = [*units.scope(scope.slice, "cri-shim runtime: supervisor, stdio and helpers", os.getpid()), *units.RUNTIME]
+    try:
+        job = bus.call("StartTransientUnit", "ssa(sv)a(sa(sv))", scope.unit, "fail", properties, [], unit=scope.unit)[0]
+    except Refused as refused:
+        if refused.name == UNIT_EXISTS:
+            return False
+        raise
+    result = bus.job(job, "StartTransientUnit", scope.unit)
+    if result != "done":
+        raise Failure("start supervisor", "StartTransientUnit", path=scope.unit, message=f"systemd's job ended as {result!r}")
+    return True
+
+
+def _entered(group: Group) -> bool:
+    """Join a scope that an earlier supervisor's stdio still lives in; it is delegated, so its members are ours to say. False if it is gone."""
+    try:
+        (v1 if group.version == 1 else v2).join(group)
+    except Failure as failure:
+        if failure.errno in (errno.ENOENT, errno.ENODEV):
+            return False
+        raise
+    return True

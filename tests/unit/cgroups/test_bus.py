@@ -47,6 +47,22 @@ def test_a_bus_that_says_nothing_or_no(monkeypatch: pytest.MonkeyPatch, tmp_path
             os.waitpid(process, 0)
 
 
+def test_looking_whether_a_connection_lives_waits_for_nothing() -> None:
+    ours, theirs = socket.socketpair()
+    bus = Bus.__new__(Bus)
+    bus._socket = ours
+    ours.settimeout(30)  # as it is left by a call
+    began = time.monotonic()
+    assert bus.alive()
+    theirs.sendall(b"signal")
+    assert bus.alive()
+    assert ours.recv(6) == b"signal"
+    theirs.close()
+    assert not bus.alive()
+    assert time.monotonic() - began < 5
+    bus.close()
+
+
 def test_the_other_driver_is_not_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "_systemd", None)
     with pytest.raises(Failure, match="cgroupfs driver is in use"):
