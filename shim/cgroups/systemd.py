@@ -300,7 +300,7 @@ def _entered_new(bus: Bus, scope: names.Scope) -> bool:
 
 
 def _entered(group: Group) -> bool:
-    """Join a scope that an earlier supervisor's stdio still lives in; it is delegated, so its members are ours to say. False if it is gone."""
+    """Join a scope that an earlier supervisor's stdio still lives in: it is delegated, its members are ours to say. False if it is gone."""
     try:
         (v1 if group.version == 1 else v2).join(group)
     except Failure as failure:

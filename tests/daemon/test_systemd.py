@@ -125,7 +125,7 @@ def test_the_service_is_restarted(node: Node, registry: DockerRegistry) -> None:
     service = Path(f"/run/systemd/system/crishim-test-{os.getpid()}.service")
     daemon.config.write_text(daemon.config.read_text().replace(f'runtime_cgroup = "{daemon.slice}.slice"', ""))
     service.write_text(
-        f"[Service]\nType=notify\nKillMode=process\nDelegate=yes\nTimeoutStartSec={_START}\n"
+        f"[Unit]\nDefaultDependencies=no\n[Service]\nType=notify\nKillMode=process\nDelegate=yes\nTimeoutStartSec={_START}\n"
         f"Environment=PYTHONPATH={REPOSITORY} HOME=/root TMPDIR={os.environ.get('TMPDIR', '/tmp')}\n"
         f"ExecStart={' '.join(daemon.node.command(sys.executable, '-m', 'cri.cli', 'serve', '--config', str(daemon.config)))}\n"
         f"StandardOutput=append:{daemon.log}\nStandardError=append:{daemon.log}\n"
