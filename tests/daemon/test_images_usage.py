@@ -54,7 +54,7 @@ async def test_reported_is_what_a_walk_finds(tmp_path: Path) -> None:
     reported = (await store.fs_info()).images
     # A tmpfs has no blocks for directories.
     assert abs(reported.bytes - real.bytes) < real.bytes * (0.05 if real.bytes % 4096 or _tmpfs(tmp_path) else 0.02), (reported, real)
-    assert abs(reported.inodes - real.inodes) <= 15
+    assert abs(reported.inodes - real.inodes) <= 25, "but for the store's own directories"
     began = time.process_time()
     for _ in range(20):
         await store.fs_info()

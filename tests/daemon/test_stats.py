@@ -52,6 +52,8 @@ def pod_stats_of(daemon: Daemon, pod: str) -> v1.PodSandboxStats:
 
 
 def test_what_a_container_uses(daemon: Daemon, busy: str) -> None:
+    # The kernel adds up what a group has in batches, or after two seconds.
+    wait_for("the first counters", lambda: stats_of(daemon, busy).memory.rss_bytes.value > 0)
     before = time.time_ns()
     stats = stats_of(daemon, busy)
     attributes = stats.attributes
