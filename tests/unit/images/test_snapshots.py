@@ -82,7 +82,8 @@ def test_container_roots(store: Snapshots) -> None:
     recipe = store.prepare("c1", D[:2])
     assert recipe.lower[:-1] == tuple(str(store.directory / c[7:] / "fs") for c in (D[1], D[0])), "topmost first"
     targets = Path(recipe.lower[-1])
-    assert sorted(str(p.relative_to(targets)) for p in targets.rglob("*") if p.is_file()) == ["etc/hostname", "etc/hosts", "etc/resolv.conf"]
+    found = sorted(str(p.relative_to(targets)) for p in targets.rglob("*") if p.is_file())
+    assert found == ["etc/hostname", "etc/hosts", "etc/resolv.conf"]
     assert Path(recipe.upper).stat().st_mode & 0o7777 == 0o1711, "the root directory looks like the image's"
     assert Path(recipe.upper).parent.stat().st_mode & 0o777 == 0o700
     assert store.remove_except([]) == 0, "layers in use stay, whatever happens to the image"
