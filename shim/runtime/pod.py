@@ -118,7 +118,7 @@ class Pod:
         if sandbox.shm_size:
             attributes = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
             mount.attach(mount.new_filesystem("tmpfs", shm_options(sandbox), attributes), "/shm")
-        podfiles.attach(self.directory)
+        podfiles.attach(self.directory, sandbox.mount_label)
         return self._own("mnt")
 
     def _own(self, name: str) -> int:

@@ -20,14 +20,17 @@ _NAMES = ("hosts", "hostname", "resolv.conf")
 _ROOM = 1 << 20  # bytes beyond the first content
 
 
-def attach(directory: int) -> None:
-    """Make the file system in a pod's mount namespace, as large as the daemon's files in ``directory`` ask for."""
+def attach(directory: int, label: str) -> None:
+    """Make the file system in a pod's mount namespace, as large as the daemon's files in ``directory`` ask for. ``label``: SELinux's, if
+    any, of everything in it."""
     size = _ROOM
     for name in _NAMES:
         with suppress(FileNotFoundError):
             size += os.stat(name, dir_fd=directory).st_size
     attributes = mount.MOUNT_ATTR_NOSUID | mount.MOUNT_ATTR_NODEV | mount.MOUNT_ATTR_NOEXEC
     options = {"source": "pod", "size": str(size), "nr_inodes": "64", "mode": "755"}
+    if label:
+        options["context"] = label
     mount.attach(mount.new_filesystem("tmpfs", options, attributes), WHERE)
 
 

@@ -84,7 +84,7 @@ class Restore:
         if shm is not None:
             mount.attach(shm, "/shm")
             os.close(shm)
-        podfiles.attach(self.directory)
+        podfiles.attach(self.directory, sandbox.mount_label)
         if NamespaceType.USER in sandbox.namespaces:
             userns.show(mount.new_proc() if proc is None else proc)
         elif proc is not None:

@@ -19,6 +19,7 @@ from secrets import token_hex
 
 from cri.supervisor import ExecSession, Supervisor
 from shim import client
+from shim.linux.process import set_subreaper
 from shim.oci import bundle
 from shim.oci.bundle import ExitRecord, Recipe
 from shim.oci.sandbox import Sandbox
@@ -253,6 +254,7 @@ async def rig() -> AsyncIterator[Rig]:
         raise
     finally:
         await asyncio.to_thread(_sweep, made)
+        set_subreaper(False)  # which the client made us: other tests' orphans would come here, and nobody would reap them
 
 
 def _sweep(made: Rig) -> None:
