@@ -176,9 +176,10 @@ class Supervisor:
         """Signal the first process, or SIGKILL all of the cgroup with ``everything``. One that has exited is fine."""
         await self._call("container.kill", id=container_id, signal=number, all=everything)
 
-    async def delete_container(self, container_id: str) -> None:
-        """Kill if need be, remove the cgroup. Idempotent; raises Failure for a process that does not die."""
-        await self._call("container.delete", id=container_id)
+    async def delete_container(self, container_id: str, cgroups_path: str = "") -> None:
+        """Kill if need be, remove the cgroup. Idempotent; raises Failure for a process that does not die. ``cgroups_path`` is where to look
+        for what is left of a container that the core has lost, bundle and all."""
+        await self._call("container.delete", id=container_id, **({"cgroup": cgroups_path} if cgroups_path else {}))
         self._containers.pop(container_id, None)
         self._long_way.discard(container_id)
         console = self._consoles.pop(container_id, None)

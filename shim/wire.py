@@ -261,7 +261,7 @@ OPERATIONS: dict[str, Operation] = {
     "container.attach": Operation({"id": str, "fds": list}, fds=(0, 2), repeatable=True),
     "container.close_stdin": Operation(_ID, repeatable=True),
     "container.kill": Operation({"id": str, "signal": int}, {"all": bool}, repeatable=True),
-    "container.delete": Operation(_ID, repeatable=True),
+    "container.delete": Operation(_ID, {"cgroup": str}, repeatable=True),
     "container.update": Operation(_ID, fds=(1, 1), repeatable=True),
     "container.resize": Operation({"id": str, "height": int, "width": int}, repeatable=True),
     "reaped": Operation({"pid": int, "status": int}, repeatable=True),

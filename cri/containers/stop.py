@@ -145,7 +145,7 @@ async def release(container: Container, *, containers: Containers, supervisor: S
 async def _release(container: Container, containers: Containers, supervisor: Supervisor) -> None:
     try:
         containers.write_now(container)  # when it was started and how it ended, only the core knew so far
-        await supervisor.delete_container(container.id)
+        await supervisor.delete_container(container.id, container.facts.cgroups_path)
         container.facts.released_at = now()
         containers.save_soon(container)
     finally:

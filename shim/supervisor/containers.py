@@ -290,7 +290,7 @@ async def delete(core: Core, logs: Logs, request: Request) -> dict[str, Any]:
     """Kill it if it lives, release all it had. Safe to repeat, and for a container that was never known."""
     container = core.table.containers.get(request.id)
     if container is None:
-        await leftovers.release(core, "containers", request.id)
+        await leftovers.release(core, "containers", request.id, str(request.body.get("cgroup", "")))
         return {}
     await core.loop.joined(core.table.deleting, container, lambda: _delete(core, logs, container))
     return {}

@@ -40,11 +40,15 @@ def test_a_missing_bundle_costs_only_its_container(daemon: Daemon, busybox: str)
     """Scenario 10."""
     pod = daemon.run_pod()
     lost, fine = (daemon.run(pod, busybox, "sleep", "1000") for _ in range(2))
+    group = Path(cgroup_directories(daemon.cgroup_parent)[0])
+    [left] = [directory for directory in group.rglob(f"*{lost}*") if directory.is_dir()]
+    assert (left / "cgroup.procs").read_text()
     daemon.kill_everything()
     shutil.rmtree(daemon.state / "containers" / lost)
     daemon.start()
     assert daemon.exec(fine, "echo", "fine").stdout == b"fine\n"
     remove(daemon, lost)
+    assert not left.exists(), "its processes, of which nobody knew any more, have gone with it"
     assert lost not in [c.id for c in daemon.runtime.ListContainers(v1.ListContainersRequest(), timeout=10).containers]
     daemon.remove_pods()
 
