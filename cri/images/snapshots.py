@@ -33,7 +33,7 @@ log = logging.getLogger("cri.images")
 _EMPTY = "empty"  # overlayfs wants one lower directory even for an image without layers
 # Below every image: what containers get mounted on. A file or directory made in the writable layer instead costs 0.1 to 0.4 ms each on ext4
 # (more where many have just been deleted), and would be there to delete. An image that has the path hides this one.
-_TARGETS = "targets"
+_TARGETS = f"{_EMPTY}/targets"
 _TARGET_FILES = ("etc/hosts", "etc/hostname", "etc/resolv.conf")
 _TARGET_DIRECTORIES = ("dev", "etc", "proc", "sys")
 
@@ -98,7 +98,7 @@ class Snapshots:
         for path in self._ingest.iterdir():
             self._discard(path)
         for path in self.directory.iterdir():
-            if path.name in (_EMPTY, _TARGETS):
+            if path.name == _EMPTY:
                 continue
             meta = files.read_json(path / "meta.json", Meta)
             durable = (path / "durable").exists()
