@@ -46,10 +46,11 @@ class Sizes:
     crowd: int = 500
     lines: int = 2_000_000
     pulls: int = 3
+    stream_megabytes: int = 300
 
     @classmethod
     def quick(cls) -> Sizes:
-        return cls(6, 30, 80, 20, 10, 5, 60, 200_000, 1)
+        return cls(6, 30, 80, 20, 10, 5, 60, 200_000, 1, 64)
 
 
 @dataclass

@@ -61,7 +61,8 @@ def markdown(rows: Sequence[Row], endpoints: Sequence[Endpoint]) -> str:
         line = f"| {row.label} | {row.unit} | " + " | ".join(cells)
         if peer:
             mine, theirs = row.values.get(ours, math.nan), row.values.get(peer, math.nan)
-            ratio = (mine / theirs if row.more else theirs / mine) if mine > 0 and theirs > 0 else math.nan  # a difference may be noise
+            noise = mine <= 0 or theirs <= 0 or (row.unit == "MiB" and mine < 0.05)  # of a difference
+            ratio = math.nan if noise else (mine / theirs if row.more else theirs / mine)
             line += f" | {'' if math.isnan(ratio) else f'{ratio:.1f}'}"
         lines.append(line + " |")
     return "\n".join(lines) + "\n"

@@ -28,7 +28,7 @@ def streaming(bench: Bench) -> list[Row]:
     for endpoint in turns(bench, bench.sizes.execs):
         with samples.time("exec session: URL, upgrade, streams, `true`, status", endpoint):
             run(bench, endpoint, pods[endpoint.name][1], "true")
-    megabytes = max(64, bench.sizes.pull_megabytes * 2)
+    megabytes = bench.sizes.stream_megabytes
     for endpoint in turns(bench, max(3, bench.sizes.pulls)):
         pod, container = pods[endpoint.name]
         rates["exec stdout"][endpoint.name].append(exec_rate(bench, endpoint, container, megabytes << 20))
