@@ -82,7 +82,8 @@ class Channel:
             return
 
     def receive_order(self) -> tuple[dict[str, Any], list[int]] | None:
-        """The next object with the fds beside it, close-on-exec; None at end of file."""
+        """The next object with the fds beside it, close-on-exec; None at end of file. What was noted belonged to the one before."""
+        self._notes.clear()
         data, ancillary, _, _ = self._socket.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * MAX_FDS), socket.MSG_CMSG_CLOEXEC)
         fds = array.array("i")
         for _, _, item in ancillary:

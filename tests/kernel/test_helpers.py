@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from shim.errors import Failure
 from tests.kernel.supervised import Rig, rig, until
 
 
@@ -54,3 +58,32 @@ async def test_a_dead_helper_is_not_missed() -> None:
         name = await node.run(pod, "echo", "there")
         assert (await node.exit(name)).exit_code == 0
         await until(lambda: waiting(node))
+
+
+async def test_a_helper_is_what_it_was_after_making_a_container() -> None:
+    async with rig() as node:
+        pod = await node.pod()
+        await until(lambda: waiting(node))
+        await node.run(pod, "sleep", "1000")
+        (helper,) = waiting(node)
+        fds = sorted(os.listdir(f"/proc/{helper}/fd"))
+        await node.run(pod, "sleep", "1000")
+        await until(lambda: waiting(node) == [helper])
+        assert sorted(os.listdir(f"/proc/{helper}/fd")) == fds
+        for kind in ("mnt", "net", "ipc", "uts", "pid", "pid_for_children", "user", "cgroup"):
+            assert os.readlink(f"/proc/{helper}/ns/{kind}") == os.readlink(f"/proc/{node.supervisor.pid}/ns/{kind}")
+        groups = Path(f"/proc/{node.supervisor.pid}/cgroup").read_text()
+        assert Path(f"/proc/{helper}/cgroup").read_text() == groups
+
+
+async def test_what_fails_costs_nothing_that_the_helper_made_before() -> None:
+    """A creation that fails names the cgroup that it has made: never that of an earlier one."""
+    async with rig() as node:
+        pod = await node.pod()
+        await until(lambda: waiting(node))
+        (helper,) = waiting(node)
+        fine = await node.run(pod, "sleep", "1000")
+        assert waiting(node) == [helper]
+        with pytest.raises(Failure, match="args"):
+            await node.create(pod, "x", change=lambda spec: replace(spec, process=replace(spec.process, args=())))
+        assert (await node.output(fine, "echo", "alive"))[1].strip() == "alive"
