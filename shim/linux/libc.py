@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 Buffer: TypeAlias = "ctypes.Array[Any]"
@@ -158,15 +158,13 @@ CLONE_ARGS = struct.Struct("=11Q")  # flags pidfd child_tid parent_tid exit_sign
 _SIGCHLD = 17
 
 
-_forkable = True
+_before_fork: Callable[[], None] | None = None
 
 
-def forkable(value: bool | None = None) -> bool:
-    """Whether a fork would be a copy of this process; a value says that from now on. See ``shim.runtime.bare``."""
-    global _forkable
-    if value is not None:
-        _forkable = value
-    return _forkable
+def before_fork(action: Callable[[], None] | None) -> None:
+    """What ``clone3`` has to do first, if anything: see ``shim.runtime.bare``."""
+    global _before_fork
+    _before_fork = action
 
 
 def clone3(
@@ -178,8 +176,8 @@ def clone3(
     child's pid as the caller's PID namespace sees it (shared memory, so that a sibling can read it). With CLONE_PARENT the exit signal
     must be 0.
     """
-    if not _forkable:
-        raise OSError(errno.EINVAL, "most of this process's memory is kept from its children")
+    if _before_fork is not None:
+        _before_fork()
     if pidfd:
         flags |= CLONE_PIDFD
         _pidfd_slot.value = -1

@@ -100,19 +100,19 @@ class Region:
 
 
 def hold_back(*regions: Region) -> None:
-    """Keep everything but ``regions`` and the code from what ``fork`` makes. Nothing else can be forked before ``let_go``. To be done
-    before a filter is on, which need not know madvise."""
+    """Keep everything but ``regions`` and the code from what ``fork`` makes; ``libc.clone3`` undoes that first. To be done before a filter
+    is on, which need not know madvise."""
     assert _code is not None, "load() comes first"
     kept = sorted([*_code.keep, *((region.base, region.base + region.size) for region in regions)])
-    libc.forkable(False)
+    libc.before_fork(let_go)
     _advise(kept, _MADV_DONTFORK)
 
 
 def let_go() -> None:
     """This process can fork copies of itself again."""
-    if _code is not None and not libc.forkable():
-        _advise(_code.keep, _MADV_DOFORK)
-        libc.forkable(True)
+    assert _code is not None
+    libc.before_fork(None)
+    _advise(_code.keep, _MADV_DOFORK)
 
 
 def _advise(kept: list[tuple[int, int]], advice: int) -> None:
@@ -128,8 +128,8 @@ def _advise(kept: list[tuple[int, int]], advice: int) -> None:
 
 
 def fork(region: Region) -> int:
-    """Make the clone that the program in ``region`` asks for; its pid. Raises OSError."""
-    assert _code is not None and not libc.forkable()
+    """Make the clone that the program in ``region`` asks for, after ``hold_back``; its pid. Raises OSError."""
+    assert _code is not None
     result = _code.launch(region.base)
     if result < 0:
         raise OSError(-result, f"clone: errno {-result}")

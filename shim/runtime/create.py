@@ -27,7 +27,7 @@ from shim.oci.bundle import Recipe
 from shim.oci.spec import NamespaceType, Process, Spec, User
 from shim.rootfs import ops as rootfs
 from shim.rootfs import plan as rootfs_plan
-from shim.runtime import bare, hooks, inside, kept, launch, listener, namespaces, pins, podfiles, sysctl
+from shim.runtime import hooks, inside, kept, launch, listener, namespaces, pins, podfiles, sysctl
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context, PodHandles
 from shim.runtime.final import Final
@@ -106,8 +106,6 @@ class Stage1:
         spec, context = self.spec, self.job.context
         kept_ = kept.compile_filter(spec, context.seccomp_cache)
         own_pids = namespaces.pid_mode(spec) is PidMode.NEW
-        if spec.hooks is not None or (kept_.notifies and not own_pids):
-            bare.let_go()  # something will be forked from here
         if kept_.notifies and not own_pids:
             listener.go_on_in_child(self.line)
         self.stdio = None if spec.process.terminal else open_stdio(self.job.bundle, self.job.stdin_once)
@@ -171,8 +169,6 @@ class Stage1:
         birth, members = self._birth(kept_)
         init = Init(birth)
         try:
-            if spec.hooks is not None:
-                bare.let_go()
             pid = self.job.context.slots.pid(slot)
 
             def mounted() -> None:

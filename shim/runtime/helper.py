@@ -22,7 +22,7 @@ from shim.oci import codec, validate
 from shim.oci.bundle import Recipe
 from shim.oci.spec import NamespaceType, Spec
 from shim.rootfs import plan as rootfs_plan
-from shim.runtime import bare, create, jobs, launch, pod
+from shim.runtime import create, jobs, launch, pod
 from shim.runtime.channel import Channel
 from shim.runtime.context import Context, PodHandles
 
@@ -107,11 +107,8 @@ class Helper:
             ).make(channel)
         if kind == "pod":
             sandbox = bundles.load_sandbox(fds[0])
-            forks = bool({NamespaceType.USER, NamespaceType.PID} & set(sandbox.namespaces))
-            if forks:
-                bare.let_go()
             pod.Pod(context, fds[0], order["slot"]).make(sandbox, channel)
-            return not forks
+            return not {NamespaceType.USER, NamespaceType.PID} & set(sandbox.namespaces)
         if kind == "sysctls":
             jobs.Sysctls(context, fds[0], order["write"])(channel)
         elif kind == "remove cgroup":

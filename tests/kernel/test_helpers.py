@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shim.errors import Failure
+from shim.oci.spec import IDMapping, Mount
 from tests.kernel.supervised import Rig, rig, until
 
 
@@ -65,6 +66,7 @@ async def test_a_helper_is_what_it_was_after_making_a_container() -> None:
         pod = await node.pod()
         await until(lambda: waiting(node))
         await node.run(pod, "sleep", "1000")
+        await until(lambda: waiting(node))
         (helper,) = waiting(node)
         fds = sorted(os.listdir(f"/proc/{helper}/fd"))
         await node.run(pod, "sleep", "1000")
@@ -83,7 +85,25 @@ async def test_what_fails_costs_nothing_that_the_helper_made_before() -> None:
         await until(lambda: waiting(node))
         (helper,) = waiting(node)
         fine = await node.run(pod, "sleep", "1000")
-        assert waiting(node) == [helper]
+        await until(lambda: waiting(node) == [helper])
         with pytest.raises(Failure, match="args"):
             await node.create(pod, "x", change=lambda spec: replace(spec, process=replace(spec.process, args=())))
         assert (await node.output(fine, "echo", "alive"))[1].strip() == "alive"
+
+
+async def test_what_has_to_be_forked_still_can_be(tmp_path: Path) -> None:
+    """A helper that has made a container keeps its memory from what it forks next, but for forks that are copies: here, of a user namespace
+    for a volume with ids of its own."""
+    own = (IDMapping(0, 100000, 65536),)
+    tmp_path.chmod(0o755)
+    (tmp_path / "file").touch()
+    volume = Mount("/volume", "bind", str(tmp_path), ("rbind", "rw"), own, own)
+    async with rig() as node:
+        pod = await node.pod()
+        await until(lambda: waiting(node))
+        (helper,) = waiting(node)
+        await node.run(pod, "sleep", "1000")
+        await until(lambda: waiting(node) == [helper])
+        name = await node.run(pod, "ls", "-ln", "/volume", change=lambda spec: replace(spec, mounts=(*spec.mounts, volume)))
+        await node.exit(name)
+        assert any(" 100000 " in line for line in node.lines(name)), node.lines(name)
