@@ -104,7 +104,11 @@ async def test_exec_is_killed_with_its_tree_only() -> None:
         await node.supervisor.kill_exec(session.id, signal.SIGKILL, tree=True)
         assert await asyncio.wait_for(session.exited, 5) == 137
         os.close(read)
-        _, text = await node.output(name, "ps")
+        for _ in range(50):  # what has got its SIGKILL takes a moment to be gone
+            _, text = await node.output(name, "ps")
+            if "sleep 77" not in text:
+                break
+            await asyncio.sleep(0.02)
         assert "sleep 1000" in text and "sleep 77" not in text
 
 
