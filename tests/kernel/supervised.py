@@ -232,7 +232,7 @@ async def until(condition: Callable[[], object], patience: float = 10.0) -> None
     """Wait for something that no event tells."""
     deadline = time.monotonic() + patience
     while True:
-        with suppress(FileNotFoundError, IndexError):
+        with suppress(FileNotFoundError, ProcessLookupError, IndexError):  # of /proc: gone before or after the open
             if condition():
                 return
         assert time.monotonic() < deadline, "it did not happen"
